@@ -1,0 +1,58 @@
+# Two targets are all a new user needs: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PREFIX ?= /usr/local
+REPORT_DIR := $(CURDIR)/target/vector-report
+
+.PHONY: help
+help: ## List the targets.
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: libtorch
+libtorch: ## Fetch libtorch once into the user's cache and link it as .libtorch.
+	@./deploy/fetch-libtorch.sh
+
+.PHONY: build
+build: libtorch ## Build the release binaries.
+	cargo build --release --locked --bins -p grail-supervisor -p grail-proof-worker -p grail-gen-launcher
+
+.PHONY: demo
+demo: build ## Mine two windows on the embedded default, verify both, and say where the files are.
+	@./deploy/demo.sh
+
+.PHONY: test
+test: libtorch ## Run every test and print how many golden-vector cases ran, by file.
+	@rm -rf "$(REPORT_DIR)"
+	@if cargo nextest --version >/dev/null 2>&1; then \
+		GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo nextest run --workspace --locked; \
+	else \
+		GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo test --workspace --locked; \
+	fi
+	@GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo run --quiet --locked -p grail-golden --bin vector-report
+
+.PHONY: lint
+lint: libtorch ## rustfmt and clippy, warnings refused.
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+.PHONY: deny
+deny: ## Licences, sources and duplicate bans; advisories where their database is reachable.
+	@./deploy/deny.sh
+
+.PHONY: bench
+bench: libtorch ## Run the CPU benchmarks; docs/benchmarks says how to read them.
+	cargo bench --workspace --locked
+
+.PHONY: train-demo
+train-demo: libtorch ## Train the demo checkpoints again (tens of minutes on 2 cores); see docs/demo-checkpoints.md.
+	cargo run --release --locked -p grail-demo-trainer -- --out deploy/demo
+
+.PHONY: install
+install: build ## Install binaries and libraries under PREFIX (default /usr/local).
+	install -d "$(PREFIX)/bin" "$(PREFIX)/lib/grail-supervisor/torch/lib" "$(PREFIX)/lib/grail-supervisor/nvidia/cu13/lib"
+	install -m 755 target/release/grail-supervisor target/release/grail-proof-worker target/release/grail-gen-launcher \
+		target/release/grail-builtin-server "$(PREFIX)/bin"
+	install -m 644 .libtorch/torch/lib/*.so* "$(PREFIX)/lib/grail-supervisor/torch/lib"
+	install -m 644 .libtorch/nvidia/cu13/lib/*.so* "$(PREFIX)/lib/grail-supervisor/nvidia/cu13/lib"
