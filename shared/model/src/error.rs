@@ -1,0 +1,113 @@
+//! Errors of loading and of the forward pass.
+
+use std::path::PathBuf;
+
+use tch::TchError;
+
+use crate::config::ConfigError;
+use crate::safetensors::SafetensorsError;
+
+/// Why a folder cannot be loaded as a model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Safetensors(#[from] SafetensorsError),
+    /// Neither `model.safetensors` nor an index is there.
+    #[error("{folder} holds neither model.safetensors nor model.safetensors.index.json")]
+    NoWeights { folder: PathBuf },
+    /// Both are there: generation servers would read the one, this program the other.
+    #[error(
+        "{folder} holds both model.safetensors and model.safetensors.index.json: remove the stale one, \
+         since generation and proof would load different weights"
+    )]
+    Ambiguous { folder: PathBuf },
+    /// The index cannot be used.
+    #[error("{path} is a broken index: {detail}")]
+    BrokenIndex { path: PathBuf, detail: String },
+    /// A tensor that the configuration asks for is in no file.
+    #[error("tensor {tensor} is missing in {folder}")]
+    MissingTensor { tensor: String, folder: PathBuf },
+    /// A tensor that the configuration does not know.
+    #[error("tensor {tensor} in {file} belongs to no part of the model that config.json describes")]
+    ExtraTensor { tensor: String, file: PathBuf },
+    /// A tensor in two files.
+    #[error("tensor {tensor} is in both {first} and {second}")]
+    DuplicateTensor { tensor: String, first: PathBuf, second: PathBuf },
+    /// A tensor of another shape than the configuration says.
+    #[error("tensor {tensor} in {file} has shape {found:?}, config.json asks for {expected:?}")]
+    WrongShape { tensor: String, file: PathBuf, found: Vec<usize>, expected: Vec<usize> },
+    /// A tensor of a type that weights cannot have.
+    #[error("tensor {tensor} in {file} has dtype {found}: BF16, F16 and F32 are supported")]
+    WrongDtype { tensor: String, file: PathBuf, found: &'static str },
+    /// The embedding is tied, but the file's output matrix is another one.
+    #[error("config.json ties the embeddings, but lm_head.weight in {file} differs from model.embed_tokens.weight")]
+    TiedHeadDiffers { file: PathBuf },
+    /// libtorch refused an operation.
+    #[error(transparent)]
+    Torch(#[from] TorchError),
+}
+
+impl From<TchError> for LoadError {
+    fn from(source: TchError) -> Self {
+        Self::Torch(source.into())
+    }
+}
+
+/// An error that libtorch raised.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("libtorch: {detail}")]
+pub struct TorchError {
+    /// The first line of libtorch's text; the rest is a C++ stack.
+    pub detail: String,
+}
+
+impl From<TchError> for TorchError {
+    fn from(source: TchError) -> Self {
+        let text = match source {
+            TchError::Torch(text) => text,
+            other => other.to_string(),
+        };
+        Self { detail: text.lines().next().unwrap_or_default().to_owned() }
+    }
+}
+
+/// Why a forward pass gave no proof.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProveError {
+    /// The device has no memory left, even for the smallest part of the request.
+    #[error("out of device memory at {tokens} tokens: {detail}")]
+    OutOfMemory { tokens: usize, detail: String },
+    /// The device context is lost: every later call on it fails too.
+    #[error("device context is poisoned: {detail}")]
+    Poisoned { detail: String },
+    /// A hidden state holds NaN or infinity, so it has no sketch.
+    #[error("hidden states of member {member} contain NaN or infinity at position {position}")]
+    NonFinite { member: usize, position: usize },
+    /// The request contradicts itself or the model.
+    #[error("bad request: {detail}")]
+    BadRequest { detail: String },
+    /// Any other refusal of libtorch.
+    #[error(transparent)]
+    Torch(#[from] TorchError),
+}
+
+impl ProveError {
+    /// Sorts an error of libtorch by its text; `tokens` is the size of the batch that failed.
+    ///
+    /// The one place that looks at the text: libtorch has no codes.
+    pub(crate) fn classify(source: TchError, tokens: usize) -> Self {
+        let error = TorchError::from(source);
+        let is = |needle: &str| error.detail.contains(needle);
+        if is("out of memory") || is("can't allocate memory") || is("CUBLAS_STATUS_ALLOC_FAILED") {
+            Self::OutOfMemory { tokens, detail: error.detail }
+        } else if is("CUDA error") || is("device-side assert") || is("CUBLAS_STATUS") || is("CUDNN_STATUS") {
+            Self::Poisoned { detail: error.detail }
+        } else {
+            Self::Torch(error)
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! The crate's only unsafe code: mapping files, and loading libtorch's CUDA library.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+use crate::layers::Network;
+
+/// Maps a file read-only.
+pub(crate) fn map_file(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the bytes must not change while they are mapped. A checkpoint's files are written under another name, appear by
+    // rename and are never written again (the checkpoint installer upholds this); a file that somebody truncates all the same
+    // ends the process with SIGBUS, which the supervisor treats as a crash of the worker. Nothing but plain bytes is read.
+    // JUSTIFICATION: reading 15 GB into memory first costs seconds and doubles the peak memory of a load.
+    unsafe { Mmap::map(file) }
+}
+
+/// Loads a library for the whole process, its symbols visible to all that are loaded.
+///
+/// # Errors
+/// The dynamic linker's text.
+pub(crate) fn load_globally(library: &Path) -> Result<(), String> {
+    let name = CString::new(library.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
+    // SAFETY: `name` is a valid C string that outlives the call. The library's constructors run; they are libtorch's own
+    // registrations, and the caller has checked that the library is of the build that this program is linked with.
+    // JUSTIFICATION: one binary for CPU and GPU; linking libtorch_cuda.so would make the CUDA libraries a condition to start.
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    if !handle.is_null() {
+        // Never closed: libtorch keeps pointers into it.
+        return Ok(());
+    }
+    // SAFETY: `dlerror` returns null or a C string that stays valid until the next call of the dl functions on this thread.
+    let text = unsafe {
+        let error = libc::dlerror();
+        (!error.is_null()).then(|| CStr::from_ptr(error).to_string_lossy().into_owned())
+    };
+    Err(text.unwrap_or_else(|| "dlopen failed without a reason".to_owned()))
+}
+
+/// Weights that nothing changes any more, so that threads may read them together.
+#[derive(Debug)]
+pub(crate) struct Frozen(Network);
+
+// SAFETY: `Frozen` hands out `&Network` only, and every method of `Network` reads its tensors without changing storage or
+// metadata (no operation ending in an underscore, no `set_data`, no gradients: they are made without `requires_grad`).
+// libtorch allows concurrent reads of a tensor, and its reference counts are atomic. `Tensor` is `Send` already.
+// JUSTIFICATION: a decoder and a proof share one copy of the weights; a lock around every forward pass would serialise them.
+unsafe impl Sync for Frozen {}
+
+impl Frozen {
+    pub(crate) fn new(network: Network) -> Self {
+        Self(network)
+    }
+}
+
+impl std::ops::Deref for Frozen {
+    type Target = Network;
+    fn deref(&self) -> &Network {
+        &self.0
+    }
+}

@@ -1,0 +1,34 @@
+//! Decoder models on libtorch: the proof forward pass, a decoder with a cache, and training.
+//!
+//! The only crate that links libtorch. Everything goes through one packed forward pass without padding: the tokens of all
+//! sequences end to end, a group's prompt once, with completions that attend to the prompt and to themselves.
+
+mod attention;
+pub mod config;
+pub mod device;
+mod error;
+mod evaluate;
+mod ffi;
+pub mod generate;
+pub mod gpu;
+mod layers;
+mod model;
+mod packed;
+mod prove;
+mod rope;
+pub mod safetensors;
+mod sketch;
+pub mod train;
+#[cfg(test)]
+mod vector_tests;
+mod verify;
+pub mod weights;
+
+pub use config::{ConfigError, ModelConfig};
+pub use device::{Device, Dtype, set_threads};
+pub use error::{LoadError, ProveError, TorchError};
+pub use model::{LoadOptions, Model};
+pub use packed::{PackedBatch, Segment, SegmentIndex};
+pub use prove::{CompletionProof, ProofModel, ProveInput, ProveOutput};
+pub use verify::{VerifyInput, VerifyOutput};
+pub use weights::weights_hash_of_dir;

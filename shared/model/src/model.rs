@@ -1,0 +1,212 @@
+//! A loaded decoder that any number of threads may read.
+
+use std::path::Path;
+
+use grail_protocol::ids::{TokenId, WeightsHash};
+use tch::{Kind, Tensor};
+
+use crate::config::{Architecture, ModelConfig};
+use crate::device::{Device, Dtype};
+use crate::error::{LoadError, TorchError};
+use crate::ffi::Frozen;
+use crate::layers::{Layer, Linear, Network, RmsNorm};
+use crate::packed::PackedBatch;
+use crate::rope::Rope;
+use crate::weights::{EMBEDDING, HEAD, WeightFiles};
+
+/// How a folder is loaded.
+#[derive(Debug, Clone, Copy)]
+pub struct LoadOptions {
+    pub device: Device,
+    /// Unset = [`Device::default_dtype`].
+    pub dtype: Option<Dtype>,
+    /// The folder's weights hash if it was computed when the checkpoint was installed; unset = computed while loading, which
+    /// takes about 0.2 s per GB.
+    pub known_hash: Option<WeightsHash>,
+    /// Most tokens of one packed batch; a longer single sequence runs alone.
+    pub batch_tokens: usize,
+}
+
+impl LoadOptions {
+    /// Default precision and batch size on `device`.
+    #[must_use]
+    pub const fn on(device: Device) -> Self {
+        Self { device, dtype: None, known_hash: None, batch_tokens: 16_384 }
+    }
+
+    /// The same in another precision.
+    #[must_use]
+    pub const fn with_dtype(self, dtype: Dtype) -> Self {
+        Self { dtype: Some(dtype), ..self }
+    }
+}
+
+/// Weights on a device, read-only.
+#[derive(Debug)]
+pub struct Model {
+    network: Frozen,
+    weights_hash: WeightsHash,
+    device: Device,
+    dtype: Dtype,
+    batch_tokens: usize,
+}
+
+impl Model {
+    /// Loads a Hugging Face folder: `config.json` and safetensors in one file or in shards.
+    ///
+    /// # Errors
+    /// [`LoadError`] naming the field, the file or the tensor.
+    pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self, LoadError> {
+        let config = ModelConfig::from_dir(folder)?;
+        let files = WeightFiles::open(folder)?;
+        files.check(&config)?;
+        let weights_hash = options.known_hash.unwrap_or_else(|| files.hash());
+        let dtype = options.dtype.unwrap_or_else(|| options.device.default_dtype());
+        let loader = Loader { device: options.device.torch(), kind: dtype.kind() };
+        let network = tch::no_grad(|| loader.network(config, &files))?;
+        tracing::info!(
+            folder = %folder.display(),
+            device = %options.device,
+            dtype = %dtype,
+            weights = %weights_hash,
+            bytes = files.total_bytes(),
+            "Model loaded."
+        );
+        Ok(Self {
+            network: Frozen::new(network),
+            weights_hash,
+            device: options.device,
+            dtype,
+            batch_tokens: options.batch_tokens.max(1),
+        })
+    }
+
+    /// The model's shape.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.network.config
+    }
+
+    /// Hash of the files that were loaded.
+    #[must_use]
+    pub const fn weights_hash(&self) -> WeightsHash {
+        self.weights_hash
+    }
+
+    /// Where the weights lie.
+    #[must_use]
+    pub const fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Precision of weights and activations.
+    #[must_use]
+    pub const fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Most tokens of one packed batch.
+    #[must_use]
+    pub const fn batch_tokens(&self) -> usize {
+        self.batch_tokens
+    }
+
+    /// Hidden states after the final norm and the logits of `rows`, widened to f32: for diagnosis, not for proofs.
+    ///
+    /// Returns `([len · hidden], [rows · vocab])`.
+    ///
+    /// # Errors
+    /// [`TorchError`], for instance for a token outside the vocabulary or a row outside the batch.
+    pub fn inspect(&self, batch: &PackedBatch, rows: &[usize]) -> Result<(Vec<f32>, Vec<f32>), TorchError> {
+        let _guard = tch::no_grad_guard();
+        let hidden = self.network.hidden(batch)?;
+        let rows: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
+        let rows = Tensor::f_from_slice(&rows)?.f_to_device(self.device.torch())?;
+        let logits = self.network.logits(&hidden.f_index_select(0, &rows)?)?;
+        Ok((host_f32(&hidden)?, host_f32(&logits)?))
+    }
+
+    pub(crate) fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// The first token that the embedding does not have.
+    pub(crate) fn unknown_token(&self, tokens: &[TokenId]) -> Option<TokenId> {
+        tokens.iter().copied().find(|token| token.0 as usize >= self.config().vocab_size)
+    }
+}
+
+/// A tensor's elements on the host, as f32.
+pub(crate) fn host_f32(x: &Tensor) -> Result<Vec<f32>, tch::TchError> {
+    let x = x.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
+    let mut values = vec![0.0; x.numel()];
+    let count = values.len();
+    x.f_copy_data(&mut values, count)?;
+    Ok(values)
+}
+
+/// Builds the network from files; projections that are computed together are stacked.
+pub(crate) struct Loader {
+    pub device: tch::Device,
+    pub kind: Kind,
+}
+
+impl Loader {
+    pub(crate) fn network(&self, config: ModelConfig, files: &WeightFiles) -> Result<Network, LoadError> {
+        let embedding = self.tensor(files, EMBEDDING)?;
+        let head =
+            if config.tie_word_embeddings { embedding.shallow_clone() } else { self.tensor(files, HEAD)? };
+        let layers = (0..config.layers).map(|index| self.layer(&config, files, index)).collect::<Result<_, _>>()?;
+        Ok(Network {
+            device: self.device,
+            kind: self.kind,
+            embedding,
+            layers,
+            norm: self.norm(&config, files, "model.norm")?,
+            head,
+            rope: Rope::new(&config.rope, config.head_dim, self.device)?,
+            config,
+        })
+    }
+
+    fn layer(&self, config: &ModelConfig, files: &WeightFiles, index: usize) -> Result<Layer, LoadError> {
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let linear = |parts: &[&str], has_bias: bool| {
+            let names: Vec<String> = parts.iter().map(|part| name(part)).collect();
+            self.stacked(files, &names, has_bias)
+        };
+        let norm = |part: &str| self.norm(config, files, &name(part));
+        let head_norms = match config.architecture {
+            Architecture::Qwen3 => Some((norm("self_attn.q_norm")?, norm("self_attn.k_norm")?)),
+            Architecture::Qwen2 | Architecture::Llama => None,
+        };
+        Ok(Layer {
+            input_norm: norm("input_layernorm")?,
+            qkv: linear(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], config.qkv_bias)?,
+            head_norms,
+            output: linear(&["self_attn.o_proj"], config.output_bias)?,
+            post_norm: norm("post_attention_layernorm")?,
+            gate_up: linear(&["mlp.gate_proj", "mlp.up_proj"], config.mlp_bias)?,
+            down: linear(&["mlp.down_proj"], config.mlp_bias)?,
+        })
+    }
+
+    fn norm(&self, config: &ModelConfig, files: &WeightFiles, name: &str) -> Result<RmsNorm, LoadError> {
+        Ok(RmsNorm { weight: self.tensor(files, &format!("{name}.weight"))?, epsilon: config.rms_norm_eps })
+    }
+
+    fn stacked(&self, files: &WeightFiles, names: &[String], has_bias: bool) -> Result<Linear, LoadError> {
+        let stack = |suffix: &str| -> Result<Tensor, LoadError> {
+            let parts = names
+                .iter()
+                .map(|name| self.tensor(files, &format!("{name}.{suffix}")))
+                .collect::<Result<Vec<_>, _>>()?;
+            Ok(Tensor::f_cat(&parts, 0)?)
+        };
+        Ok(Linear { weight: stack("weight")?, bias: has_bias.then(|| stack("bias")).transpose()? })
+    }
+
+    fn tensor(&self, files: &WeightFiles, name: &str) -> Result<Tensor, LoadError> {
+        files.load(name, self.device, self.kind)
+    }
+}
