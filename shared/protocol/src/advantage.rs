@@ -1,0 +1,56 @@
+//! Advantages of a group (protocol §8.2). Computed here and nowhere else, in the reference's order.
+
+pub use crate::python_math::python_sum;
+
+use crate::constants::{GRPO_ADV_SUM_TOLERANCE, GRPO_ADV_TOLERANCE};
+
+/// Least divisor, so that equal rewards give zeros.
+const MIN_DEVIATION: f64 = 1e-8;
+
+/// Each reward less the mean, divided by the population standard deviation.
+#[must_use]
+#[expect(clippy::cast_precision_loss, reason = "a group is far smaller than 2^53")]
+pub fn advantages(rewards: &[f64]) -> Vec<f64> {
+    let count = rewards.len() as f64;
+    let mean = python_sum(rewards.iter().copied()) / count;
+    let centred: Vec<f64> = rewards.iter().map(|reward| reward - mean).collect();
+    let variance = python_sum(centred.iter().map(|difference| difference * difference)) / count;
+    // Python's `max(deviation, 1e-8)` keeps a NaN, which `f64::max` would not.
+    let deviation = variance.powf(0.5);
+    let divisor = if MIN_DEVIATION > deviation { MIN_DEVIATION } else { deviation };
+    centred.into_iter().map(|difference| difference / divisor).collect()
+}
+
+/// True if the claimed advantages of a group sum to nothing and equal those of its rewards, each within the validator's
+/// tolerance. NaN never passes.
+#[must_use]
+pub fn are_consistent(claimed: &[f64], rewards: &[f64]) -> bool {
+    let recomputed = advantages(rewards);
+    claimed.len() == recomputed.len()
+        && python_sum(claimed.iter().copied()).abs() <= GRPO_ADV_SUM_TOLERANCE
+        && claimed.iter().zip(recomputed).all(|(claim, expected)| (claim - expected).abs() <= GRPO_ADV_TOLERANCE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn consistency_has_both_tolerances_and_refuses_nan() {
+        let mut rewards = [0.0; 16];
+        rewards[0] = 1.0;
+        let exact = advantages(&rewards);
+        let shifted = |index: usize, by: f64| {
+            let mut claimed = exact.clone();
+            claimed[index] += by;
+            claimed
+        };
+        assert!(are_consistent(&exact, &rewards));
+        assert!(are_consistent(&shifted(3, 0.000_9), &rewards));
+        assert!(!are_consistent(&shifted(3, 0.001_1), &rewards));
+        assert!(!are_consistent(&shifted(3, f64::NAN), &rewards));
+        assert!(!are_consistent(&exact[1..], &rewards));
+        let all_shifted: Vec<f64> = exact.iter().map(|advantage| advantage + 0.000_9).collect();
+        assert!(!are_consistent(&all_shifted, &rewards), "each is close, but the sum is 0.0144");
+    }
+}
