@@ -1,0 +1,38 @@
+//! Checkpoints of the trainer: which one a window must be mined with, what its metadata says, and how its files get from
+//! the store into a verified local folder.
+//!
+//! The order of use, once per window `W`:
+//!
+//! 1. [`CheckpointStore::choose`] lists the store and applies the rule of [`ready::resolve`]. A listing that failed is an
+//!    error and never "no checkpoint": a window is mined only after the rule was evaluated on a complete listing.
+//! 2. [`CheckpointStore::published`] reads the metadata of the chosen checkpoint's trees; [`Published::policy`] gives the
+//!    environment and the sampling parameters, or the reason to skip the window.
+//! 3. [`CheckpointCache::install`] returns the verified folder, from the cache or downloaded.
+//!
+//! Nothing here holds weights in memory: objects stream to disk while they are hashed, with a cap per object.
+
+pub mod cache;
+mod durable;
+pub mod install;
+pub mod layout;
+pub mod manifest;
+pub mod metadata;
+pub mod policy;
+pub mod publish;
+mod python;
+pub mod ready;
+pub mod retention;
+mod sink;
+pub mod store;
+pub mod weights;
+
+pub use cache::{CacheError, CheckpointCache, Installed};
+pub use install::InstallError;
+pub use layout::Tree;
+pub use manifest::{Manifest, Sha256Digest};
+pub use metadata::{Metadata, MetadataError, Published, Verdict};
+pub use policy::{EnvironmentParams, GenerationParams, MiningPolicy, PolicyDefect, ThinkingModeName};
+pub use publish::{MetadataInput, PublishError, PublishedFull, publish_full};
+pub use ready::{Choice, resolve};
+pub use store::{CheckpointStore, ChooseError, Limits, Listing, StoreError};
+pub use weights::{HashAgreement, WeightsError, WeightsFiles};
