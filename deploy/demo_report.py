@@ -1,0 +1,73 @@
+"""Checks what the demo promises beyond two verdicts, from the files that it left, and prints the figures.
+
+Usage: demo_report.py STATE_DIR SUPERVISOR
+"""
+
+import collections
+import json
+import pathlib
+import subprocess
+import sys
+
+MIN_GROUPS = 12
+MIN_SHARE_OF_A_WORKER = 0.25
+MIN_MIXED_GROUPS = 0.75
+MIN_NATURAL_ENDS = 0.90
+MIN_DISTRIBUTION = 0.90
+MAX_OLD_WEIGHTS_EQUAL = 0.5
+
+state, supervisor = pathlib.Path(sys.argv[1]), sys.argv[2]
+problems = []
+
+
+def expect(holds, text):
+    print(("  ok    " if holds else "  MISS  ") + text)
+    if not holds:
+        problems.append(text)
+
+
+def events(kind):
+    for line in (state / "journal.jsonl").read_text().splitlines():
+        event = json.loads(line)["event"]
+        if event["kind"] == kind:
+            yield event
+
+
+report = json.loads((state / "verify.json").read_text())
+uploaded = {event["window"]: event for event in events("window_uploaded")}
+spooled = collections.defaultdict(collections.Counter)
+for event in events("group_spooled"):
+    spooled[event["window"]][event["slot"]] += 1
+
+expect(len(uploaded) == 2, f"{len(uploaded)} windows uploaded")
+for window in report["windows"]:
+    number, shares = window["window"], window["shares"]
+    groups = sum(spooled[number].values())
+    print(f"window {number}: {window['file']}")
+    expect(window["report"]["verdict"] == "success" == window["report"]["all_rows"]["verdict"], "verdicts: success")
+    expect(groups >= MIN_GROUPS, f"{groups} groups, {shares['rows']} rollouts, {shares['distinct']} distinct")
+    for slot, count in sorted(spooled[number].items()):
+        expect(count / groups >= MIN_SHARE_OF_A_WORKER, f"worker {slot} proved {count} groups ({count / groups:.0%})")
+    expect(len(spooled[number]) == 2, f"{len(spooled[number])} workers proved")
+    expect(shares["mixed_groups"] >= MIN_MIXED_GROUPS, f"{shares['mixed_groups']:.1%} of groups have 1-15 successes")
+    expect(shares["natural_ends"] >= MIN_NATURAL_ENDS, f"{shares['natural_ends']:.1%} of rows end in a natural EOS")
+    expect(shares["shortest"] >= 32, f"shortest completion: {shares['shortest']} tokens")
+    expect(shares["distribution"] >= MIN_DISTRIBUTION, f"{shares['distribution']:.1%} of rows pass the distribution check")
+
+first, second = report["windows"][0], report["windows"][1]
+context_path = pathlib.Path(second["file"] + ".context.json")
+context = json.loads(context_path.read_text())
+old = json.loads(pathlib.Path(first["file"] + ".context.json").read_text())
+expect(context["checkpoint_window"] != old["checkpoint_window"], "the windows were mined with two checkpoints")
+context["model_dir"] = old["model_dir"]
+other = context_path.with_name("old-weights.context.json")
+other.write_text(json.dumps(context, indent=1))
+answer = subprocess.run(
+    [supervisor, "verify", second["file"], "--context", str(other), "--json"], stdout=subprocess.PIPE, text=True, check=False
+)
+exactness = json.loads(answer.stdout)["exactness"]
+expect(
+    exactness["logprob_equal"] < MAX_OLD_WEIGHTS_EQUAL,
+    f"old weights under the new label: {exactness['logprob_equal']:.1%} of logprobs equal, {exactness['sketch_equal']:.1%} of sketches",
+)
+sys.exit(1 if problems else 0)

@@ -1,0 +1,323 @@
+//! The table of all variables: names, defaults and help, in the order in which reports and `.env.example` show them.
+
+use Standing::{Active, NoEffect};
+
+/// Whether a variable does something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    Active,
+    /// Accepted because the guide or older files have it; the text says why it changes nothing.
+    NoEffect(&'static str),
+}
+
+/// Another name of a variable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Alias {
+    /// Read before the variable's own name, as the reference does.
+    First(&'static str),
+    /// Read if the variable's own name is not set, with a warning.
+    Misspelt(&'static str),
+}
+
+impl Alias {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::First(name) | Self::Misspelt(name) => name,
+        }
+    }
+}
+
+/// One variable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Variable {
+    pub name: &'static str,
+    /// Value that holds when the variable is unset or blank, as one would write it; empty if there is none.
+    pub default: &'static str,
+    /// What no value means, for variables without a default.
+    pub unset: &'static str,
+    pub help: &'static str,
+    pub secret: bool,
+    pub standing: Standing,
+    pub aliases: &'static [Alias],
+}
+
+const fn with_default(name: &'static str, default: &'static str, help: &'static str) -> Variable {
+    Variable { name, default, unset: "", help, secret: false, standing: Active, aliases: &[] }
+}
+
+const fn optional(name: &'static str, unset: &'static str, help: &'static str) -> Variable {
+    Variable { name, default: "", unset, help, secret: false, standing: Active, aliases: &[] }
+}
+
+const fn secret(name: &'static str, help: &'static str) -> Variable {
+    Variable { secret: true, ..optional(name, "unset", help) }
+}
+
+const fn no_effect(name: &'static str, why: &'static str) -> Variable {
+    Variable { standing: NoEffect(why), ..optional(name, "unset", why) }
+}
+
+/// Variables that belong together.
+#[derive(Debug, Clone, Copy)]
+pub struct Section {
+    pub title: &'static str,
+    pub variables: &'static [Variable],
+}
+
+/// All variables.
+pub const SECTIONS: &[Section] = &[
+    Section {
+        title: "Network and subnet",
+        variables: &[
+            with_default("BT_NETWORK", "finney", "Network: finney, test, local, archive or custom."),
+            optional(
+                "BT_CHAIN_ENDPOINT",
+                "the network's own node",
+                "WebSocket URL of a node; several, separated by commas, are tried in turn. Wins over BT_NETWORK and is \
+                 required with BT_NETWORK=custom.",
+            ),
+            Variable {
+                aliases: &[Alias::First("BT_NETUID")],
+                ..with_default("NETUID", "81", "Id of the subnet. BT_NETUID is read first.")
+            },
+        ],
+    },
+    Section {
+        title: "Wallet",
+        variables: &[
+            with_default("BT_WALLET_COLD", "default", "Name of the wallet (coldkey)."),
+            with_default("BT_WALLET_HOT", "default", "Name of the hotkey that signs rollouts and uploads."),
+            with_default("BT_WALLET_PATH", "~/.bittensor/wallets", "Folder of the wallets."),
+            no_effect("BT_WALLET_NAME", "Has no effect; BT_WALLET_COLD names the wallet."),
+            no_effect("BT_WALLET_HOTKEY", "Has no effect; BT_WALLET_HOT names the hotkey."),
+        ],
+    },
+    Section {
+        title: "Object storage (R2 or S3)",
+        variables: &[
+            optional("R2_ACCOUNT_ID", "unset", "Account id. Required for mining on a network."),
+            optional("R2_BUCKET_ID", "unset", "Bucket; named like the account. Required for mining on a network."),
+            secret("R2_READ_ACCESS_KEY_ID", "Key that validators read with; it is committed on chain."),
+            secret("R2_READ_SECRET_ACCESS_KEY", "Secret of that key; it is committed on chain."),
+            secret("R2_WRITE_ACCESS_KEY_ID", "Key for uploads; it stays on this machine."),
+            secret("R2_WRITE_SECRET_ACCESS_KEY", "Secret of that key; it stays on this machine."),
+            optional(
+                "R2_ENDPOINT_URL",
+                "https://<account id>.r2.cloudflarestorage.com",
+                "Another S3 endpoint; also used for the trainer's bucket.",
+            ),
+            with_default("R2_REGION", "us-east-1", "Region for signatures."),
+            no_effect("R2_FORCE_PATH_STYLE", "Has no effect; requests always use path style."),
+            with_default("UPLOAD_TIMEOUT", "90", "Longest attempt to upload a window file, in seconds."),
+        ],
+    },
+    Section {
+        title: "Generation server",
+        variables: &[
+            with_default("GRAIL_PIPELINE_BACKEND", "sglang", "Generation server: sglang, vllm or builtin (CPU)."),
+            Variable {
+                aliases: &[Alias::Misspelt("GRAIL_PIPELINE_VLLM_GPU_ID")],
+                ..with_default(
+                    "GRAIL_PIPELINE_VLLM_GPU",
+                    "0",
+                    "First GPU of the generation server, counted within CUDA_VISIBLE_DEVICES.",
+                )
+            },
+            with_default(
+                "GRAIL_PIPELINE_VLLM_TP",
+                "1",
+                "GPUs of the generation server (tensor parallelism): VLLM_GPU and those after it.",
+            ),
+            with_default("GRAIL_PIPELINE_GPU_MEM_UTIL", "0.90", "Share of GPU memory for the generation server."),
+            with_default(
+                "GRAIL_PIPELINE_MAX_MODEL_LEN",
+                "12288",
+                "Context length in tokens. Prompts that leave no room for max_tokens are skipped, never shortened.",
+            ),
+            optional("GRAIL_PIPELINE_MAX_NUM_SEQS", "the server's own", "Sequences that the server runs at once."),
+            optional(
+                "GRAIL_PIPELINE_MAX_CONCURRENT",
+                "automatic: 16 for every open group",
+                "Requests in flight.",
+            ),
+            optional(
+                "GRAIL_PIPELINE_GROUPS_PER_BATCH",
+                "automatic",
+                "Most groups in generation at once; 1 is the guide's baseline, 24 to 96 are usual on large hosts.",
+            ),
+            with_default("GRAIL_PIPELINE_SERVER_TIMEOUT", "300", "Longest start, request or weight update, in seconds."),
+            with_default(
+                "GRAIL_PIPELINE_DISABLE_CUDA_GRAPH",
+                "false",
+                "Switch CUDA graphs of the generation server off altogether.",
+            ),
+            optional(
+                "GRAIL_PIPELINE_SYMLINK_DIR",
+                "beside the checkpoints",
+                "Folder of the link through which vLLM reloads weights.",
+            ),
+            optional("GRAIL_VLLM_PYTHON", "python3 on PATH", "Python interpreter that has vLLM."),
+            optional("GRAIL_TRAIN_MODEL_ID", "unset", "Tokenizer for vLLM if the checkpoint names no model."),
+            no_effect("GRAIL_PIPELINE_ENABLED", "Has no effect; the pipeline is the only way to mine."),
+            no_effect(
+                "GRAIL_GENERATION_BATCH_SIZE",
+                "Has no effect; GRAIL_PIPELINE_GROUPS_PER_BATCH bounds the groups in generation.",
+            ),
+            no_effect("GRAIL_INFERENCE_BACKEND", "Has no effect on a miner; GRAIL_PIPELINE_BACKEND chooses the server."),
+        ],
+    },
+    Section {
+        title: "Proof workers",
+        variables: &[
+            Variable {
+                aliases: &[Alias::Misspelt("GRAIL_PIPELINE_PROOF_GPU_ID")],
+                ..with_default(
+                    "GRAIL_PIPELINE_PROOF_GPU",
+                    "1",
+                    "GPU of the only proof worker, counted within CUDA_VISIBLE_DEVICES. Ignored if \
+                     GRAIL_PIPELINE_PROOF_GPU_IDS is set.",
+                )
+            },
+            optional(
+                "GRAIL_PIPELINE_PROOF_GPU_IDS",
+                "one worker on GRAIL_PIPELINE_PROOF_GPU",
+                "GPUs of the proof workers, one worker each, for instance 4,5,6,7.",
+            ),
+            no_effect("GRAIL_PIPELINE_PROOF_SUBPROCESS", "Has no effect; proof workers are always processes."),
+            no_effect(
+                "GRAIL_PIPELINE_PROOF_FLASH_ATTN",
+                "Has no effect; the attention of proofs always matches the validator's.",
+            ),
+            with_default("GRAIL_PROOF_WORKERS", "2", "Proof workers on the CPU, for --local."),
+            optional(
+                "GRAIL_LIBTORCH_DIR",
+                "the torch of python3 on PATH, if it has one",
+                "Folder with libtorch_cuda.so, for proofs on a GPU.",
+            ),
+            no_effect("KERNEL_EVAL_GPU_IDS", "Has no effect; no environment of this version evaluates on a GPU."),
+        ],
+    },
+    Section {
+        title: "Windows",
+        variables: &[
+            with_default(
+                "GRAIL_MINER_SAFETY_BLOCKS",
+                "3",
+                "Blocks before the end of a window that no new group may reach into.",
+            ),
+            with_default(
+                "GRAIL_MAX_GROUPS_PER_WINDOW",
+                "313",
+                "Groups after which a window is full: 5,000 rollouts, above which nothing is scored.",
+            ),
+            with_default(
+                "GRAIL_MAX_FILE_MIB",
+                "330",
+                "Estimated size at which a window file is full, in MiB; validators refuse more than 350.",
+            ),
+        ],
+    },
+    Section {
+        title: "Folders",
+        variables: &[
+            with_default("GRAIL_CACHE_DIR", "~/.cache/grail", "Downloaded checkpoints and datasets."),
+            optional(
+                "GRAIL_STATE_DIR",
+                "$XDG_STATE_HOME/grail-supervisor or ~/.local/state/grail-supervisor",
+                "Spool, journal and sealed window files.",
+            ),
+            optional(
+                "GRAIL_RUNTIME_DIR",
+                "$XDG_RUNTIME_DIR/grail-supervisor or run in the state folder",
+                "Sockets of the child processes.",
+            ),
+        ],
+    },
+    Section {
+        title: "Local demonstration (--local)",
+        variables: &[optional(
+            "GRAIL_LOCAL_BLOCK_MS",
+            "1000 for a new chain, else the existing chain's",
+            "Length of a block of the simulated chain, in milliseconds.",
+        )],
+    },
+    Section {
+        title: "Logging and monitoring",
+        variables: &[
+            optional("GRAIL_LOG", "from -v", "Log filter, for instance info,grail=debug."),
+            with_default("GRAIL_MONITORING_BACKEND", "null", "Where metrics go: wandb or null."),
+            secret("WANDB_API_KEY", "Key for WandB; required with GRAIL_MONITORING_BACKEND=wandb."),
+            with_default("WANDB_PROJECT", "grail", "Project at WandB."),
+            optional("WANDB_ENTITY", "your own", "Entity at WandB."),
+            with_default("WANDB_MODE", "online", "online, offline or disabled."),
+        ],
+    },
+];
+
+/// All variables in order.
+pub fn all() -> impl Iterator<Item = &'static Variable> {
+    SECTIONS.iter().flat_map(|section| section.variables)
+}
+
+/// The variable with this name; aliases do not count.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static Variable> {
+    all().find(|variable| variable.name == name)
+}
+
+/// The static spelling of a name that the table knows, also as an alias.
+pub(super) fn known_name(name: &str) -> Option<&'static str> {
+    all_names().find(|known| *known == name)
+}
+
+/// The known name that `name` most likely means, if one is close.
+pub(super) fn nearest(name: &str) -> Option<&'static str> {
+    let distance = |known: &&'static str| edit_distance(name, known);
+    all_names().min_by_key(distance).filter(|known| distance(known) <= 1 + name.len() / 8)
+}
+
+fn all_names() -> impl Iterator<Item = &'static str> {
+    all().flat_map(|variable| std::iter::once(variable.name).chain(variable.aliases.iter().map(|alias| alias.name())))
+}
+
+/// Insertions, deletions and replacements that make one text of the other.
+pub(super) fn edit_distance(one: &str, other: &str) -> usize {
+    let other: Vec<char> = other.chars().collect();
+    let mut row: Vec<usize> = (0..=other.len()).collect();
+    for (i, a) in one.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, b) in other.iter().enumerate() {
+            let replaced = diagonal + usize::from(a != *b);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[other.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_every_variable_is_explained() {
+        let names: Vec<_> = all_names().collect();
+        assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len());
+        for variable in all() {
+            assert!(variable.help.ends_with('.'), "{}", variable.name);
+            assert_ne!(variable.default.is_empty(), variable.unset.is_empty(), "{}", variable.name);
+            assert!(!variable.secret || grail_telemetry::is_secret_name(variable.name), "{}", variable.name);
+        }
+    }
+
+    #[test]
+    fn near_misses_are_recognised() {
+        assert_eq!(nearest("GRAIL_PIPELINE_PROOF_GPUS_IDS"), Some("GRAIL_PIPELINE_PROOF_GPU_IDS"));
+        assert_eq!(nearest("GRAIL_PIPLINE_BACKEND"), Some("GRAIL_PIPELINE_BACKEND"));
+        assert_eq!(nearest("GRAIL_TRAINER_LR"), None);
+        assert_eq!(edit_distance("kitten", "sitting"), 3);
+    }
+}

@@ -1,0 +1,330 @@
+//! One window: admit groups while there is time, spool each as it is signed, seal, upload, confirm.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use grail_protocol::constants::ROLLOUTS_PER_PROBLEM;
+use grail_protocol::gate::TimeGate;
+use grail_protocol::ids::{BlockNumber, GroupIndex, WindowStart};
+use sha2::{Digest, Sha256};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::chain::{Chain, ChainError, Head};
+use crate::group::{self, Dropped, WindowParts};
+use crate::journal::{Event, Journal};
+use crate::proofs::ProofError;
+use crate::seal::{self, SealError, Sealed};
+use crate::spool::{Spool, SpoolError, SpoolHeader, SpooledGroup};
+use crate::store::{self, UploadError, WindowStore};
+
+/// Bounds of a window that do not come from the protocol.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Groups between admission and their record in the spool.
+    pub open_groups: usize,
+    /// Groups a window: beyond 312 further rollouts score nothing.
+    pub max_groups: usize,
+    /// Estimated size of the file at which admission stops.
+    pub max_file_bytes: u64,
+    /// Time to keep for the upload beside its own estimate.
+    pub safety_blocks: u32,
+}
+
+/// What a window needs apart from its plan.
+#[derive(Debug)]
+pub struct Engine {
+    pub chain: Arc<dyn Chain>,
+    pub store: WindowStore,
+    pub spool_dir: std::path::PathBuf,
+    pub windows_dir: std::path::PathBuf,
+    pub limits: Limits,
+    pub gate: TimeGate,
+    pub journal: Journal,
+    /// Zero of the progress display's milliseconds.
+    pub started: Instant,
+}
+
+/// How a window ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    Uploaded {
+        groups: usize,
+        bytes: usize,
+        key: String,
+        file: std::path::PathBuf,
+    },
+    /// Nothing was there to upload.
+    Empty {
+        dropped: usize,
+    },
+    /// There was something, and it is not in the store.
+    Lost {
+        groups: usize,
+        reason: String,
+    },
+}
+
+/// A window that could not be run to its end.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
+    #[error(transparent)]
+    Seal(#[from] SealError),
+    #[error("no proof worker is left")]
+    NoWorkers,
+    #[error("task of the window ended abnormally")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+/// A group that came out of its stages.
+type Finished = (GroupIndex, Instant, Result<SpooledGroup, Dropped>);
+
+/// State of the running window.
+#[derive(Debug)]
+struct Running {
+    parts: Arc<WindowParts>,
+    spool: Spool,
+    groups: Vec<SpooledGroup>,
+    dropped: usize,
+    next: GroupIndex,
+    estimated_bytes: u64,
+    tasks: JoinSet<Finished>,
+    no_workers: bool,
+}
+
+impl Engine {
+    /// Runs one window to its upload. `stop` ends admission; what is under way is finished while there is time.
+    ///
+    /// # Errors
+    /// [`EngineError`]; the spool then holds every group that was signed.
+    pub async fn run_window(
+        &mut self,
+        parts: Arc<WindowParts>,
+        stop: CancellationToken,
+    ) -> Result<Outcome, EngineError> {
+        let head = self.chain.head().await?;
+        let mut running = self.begin(parts, head)?;
+        self.fill(&mut running, stop).await?;
+        let no_workers = running.no_workers;
+        let outcome = self.finish(running).await?;
+        if no_workers {
+            return Err(EngineError::NoWorkers);
+        }
+        Ok(outcome)
+    }
+
+    fn begin(&mut self, parts: Arc<WindowParts>, head: Head) -> Result<Running, EngineError> {
+        let plan = &parts.plan;
+        let header = SpoolHeader {
+            window: plan.window,
+            window_hash: plan.window_hash.clone(),
+            hotkey: plan.hotkey.clone(),
+            checkpoint: plan.checkpoint,
+            weights: plan.weights,
+            randomness: plan.randomness.as_hex().to_owned(),
+            use_drand: plan.use_drand,
+            model_name: plan.model_name.clone(),
+        };
+        let (spool, recovered) = Spool::open(&self.spool_dir, &header)?;
+        if let Some((bytes, kept)) = recovered.torn {
+            tracing::warn!(window = %plan.window, bytes, kept = %kept.display(), "A torn record was cut off the spool.");
+        }
+        let next = recovered.groups.iter().map(|group| group.group.0 + 1).max().unwrap_or(0);
+        // What was read back from disk is checked like a file that is about to go out; a group that no longer holds is left
+        // out, and its index stays used.
+        let groups =
+            if recovered.groups.is_empty() { Vec::new() } else { seal::seal(recovered.groups, &parts)?.groups };
+        let elapsed = crate::progress::elapsed_ms(self.started);
+        parts.progress.begin_window(plan.window.block().0, groups.len(), elapsed);
+        self.journal.record(Event::WindowStarted {
+            window: plan.window,
+            block: head.block,
+            checkpoint: plan.checkpoint,
+            recovered_groups: groups.len(),
+        });
+        tracing::info!(window = %plan.window, block = %head.block, checkpoint = %plan.checkpoint, weights = %plan.weights,
+            recovered_groups = groups.len(), "Window started.");
+        let estimated_bytes = groups.iter().map(seal::estimated_bytes).sum();
+        Ok(Running {
+            parts,
+            spool,
+            groups,
+            dropped: 0,
+            next: GroupIndex(next),
+            estimated_bytes,
+            tasks: JoinSet::new(),
+            no_workers: false,
+        })
+    }
+
+    /// Admits groups and spools them until time, the cap or `stop` ends the window.
+    async fn fill(&mut self, running: &mut Running, stop: CancellationToken) -> Result<(), EngineError> {
+        let window = running.parts.plan.window;
+        let stragglers = self.straggler_deadline(running.parts.plan.deadline);
+        let mut ticks = tokio::time::interval((self.chain.nominal_block_time() / 4).min(Duration::from_secs(1)));
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut block = self.observe_head(running).await?;
+        loop {
+            let open = !stop.is_cancelled() && !running.no_workers && WindowStart::containing(block) == window;
+            if open {
+                self.admit(running, block);
+            }
+            if running.tasks.is_empty() && (!open || !self.may_admit(running, block)) {
+                return Ok(());
+            }
+            tokio::select! {
+                Some(finished) = running.tasks.join_next() => self.take(running, finished?)?,
+                _ = ticks.tick() => block = self.observe_head(running).await?,
+                () = stop.cancelled(), if open => {}
+                () = tokio::time::sleep_until(stragglers) => {
+                    let aborted = running.tasks.len();
+                    tracing::warn!(%window, aborted, "Groups that were not ready in time are given up.");
+                    running.tasks.abort_all();
+                    running.parts.generator.abort_all().await;
+                    running.dropped += aborted;
+                    running.tasks = JoinSet::new();
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    async fn observe_head(&mut self, running: &Running) -> Result<BlockNumber, EngineError> {
+        let head = self.chain.head().await?;
+        let since = head.time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.gate.observe_block(head.block, since);
+        running.parts.progress.blocks_left(running.parts.plan.window.end().0.saturating_sub(head.block.0));
+        Ok(head.block)
+    }
+
+    /// Latest moment at which a group may still be waited for: what the upload may need lies behind it.
+    fn straggler_deadline(&self, deadline: SystemTime) -> Instant {
+        let reserve = self.gate.upload_seconds() + self.gate.block_seconds();
+        let left = deadline.duration_since(SystemTime::now()).unwrap_or_default();
+        Instant::now() + left.saturating_sub(Duration::from_secs_f64(reserve.max(0.0)))
+    }
+
+    fn may_admit(&self, running: &Running, block: BlockNumber) -> bool {
+        let underway = running.groups.len() + running.tasks.len();
+        let per_group = running.estimated_bytes / (running.groups.len().max(1) as u64);
+        let estimate = running.estimated_bytes + per_group * (running.tasks.len() as u64 + 1);
+        underway < self.limits.max_groups
+            && estimate <= self.limits.max_file_bytes
+            && self.gate.admits(running.parts.plan.window, block)
+    }
+
+    fn admit(&self, running: &mut Running, block: BlockNumber) {
+        while running.tasks.len() < self.limits.open_groups && self.may_admit(running, block) {
+            let (group, parts) = (running.next, running.parts.clone());
+            running.next = GroupIndex(group.0 + 1);
+            running.tasks.spawn(async move {
+                let began = Instant::now();
+                let result = group::run(parts, group, block).await;
+                (group, began, result)
+            });
+        }
+    }
+
+    /// Spools a group that is ready, or notes why it was dropped.
+    fn take(&mut self, running: &mut Running, finished: Finished) -> Result<(), EngineError> {
+        let (group, began, result) = finished;
+        let window = running.parts.plan.window;
+        match result {
+            Ok(signed) => {
+                self.gate.record_group(began.elapsed());
+                running.spool.append(&signed)?;
+                let successes = signed.rollouts.iter().filter(|rollout| rollout.success).count();
+                self.journal.record(Event::GroupSpooled { window, group, slot: signed.slot, successes });
+                tracing::debug!(%window, %group, slot = signed.slot, successes, "Group spooled.");
+                running.estimated_bytes += seal::estimated_bytes(&signed);
+                running.groups.push(signed);
+                running.parts.progress.spooled();
+            }
+            Err(dropped) => {
+                running.no_workers |= matches!(dropped, Dropped::Proof(ProofError::NoWorkers));
+                let reason = with_causes(&dropped);
+                tracing::warn!(%window, %group, reason, "Group dropped.");
+                self.journal.record(Event::GroupDropped { window, group, reason });
+                running.dropped += 1;
+                running.parts.progress.dropped();
+            }
+        }
+        Ok(())
+    }
+
+    /// Seals what is spooled and brings it to the store.
+    async fn finish(&mut self, running: Running) -> Result<Outcome, EngineError> {
+        let Running { parts, groups, dropped, .. } = running;
+        if groups.is_empty() {
+            return Ok(Outcome::Empty { dropped });
+        }
+        let window = parts.plan.window;
+        let sealed = {
+            let parts = parts.clone();
+            tokio::task::spawn_blocking(move || seal::seal(groups, &parts)).await??
+        };
+        let Sealed { content, groups } = sealed;
+        let groups = groups.len();
+        self.journal.record(Event::WindowSealed {
+            window,
+            groups,
+            rollouts: groups * ROLLOUTS_PER_PROBLEM,
+            bytes: content.len(),
+            sha256: hex::encode(Sha256::digest(&content)),
+        });
+        let file = seal::keep_copy(&self.windows_dir, &parts, &content)?;
+        Ok(self.upload(&parts, content, (groups, file)).await)
+    }
+
+    async fn upload(
+        &mut self,
+        parts: &WindowParts,
+        content: Bytes,
+        (groups, file): (usize, std::path::PathBuf),
+    ) -> Outcome {
+        let (window, bytes) = (parts.plan.window, content.len());
+        let key = store::window_key(&parts.plan.hotkey, window);
+        let began = Instant::now();
+        let stored: Result<(), UploadError> = self.store.put_confirmed(&key, content, parts.plan.deadline).await;
+        match stored {
+            Ok(()) => {
+                self.gate.record_upload(began.elapsed());
+                self.journal.record(Event::WindowUploaded { window, key: key.to_string(), bytes });
+                tracing::info!(%window, groups, bytes, %key, upload_ms = began.elapsed().as_millis(), "Window uploaded.");
+                Outcome::Uploaded { groups, bytes, key: key.to_string(), file }
+            }
+            Err(error) => {
+                let reason = with_causes(&error);
+                tracing::error!(%window, groups, reason, "The window is lost.");
+                self.journal.record(Event::WindowLost { window, reason: reason.clone() });
+                Outcome::Lost { groups, reason }
+            }
+        }
+    }
+}
+
+/// An error and its causes on one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// Automatic number of open groups: enough to keep the server's batch full while proofs and signatures run behind it.
+#[must_use]
+pub fn automatic_open_groups(max_concurrent: Option<usize>, workers: usize) -> usize {
+    let generating = max_concurrent.map_or(4, |requests| requests.div_ceil(ROLLOUTS_PER_PROBLEM));
+    generating + workers * crate::proofs::IN_FLIGHT_PER_WORKER
+}

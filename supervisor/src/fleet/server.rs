@@ -1,0 +1,381 @@
+//! The generation server, owned by a launcher process: kept running, rolled, and hidden behind one [`Generator`] that waits
+//! while there is none.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use grail_ipc::messages::{Backend, ServerSpec, SlotId};
+use grail_ipc::socket::RuntimeFolder;
+use grail_ipc::{Expected, LauncherClient, LauncherEvent, LauncherEvents};
+use grail_process::cause::DeathCause;
+use grail_process::restart::RestartPolicy;
+use grail_process::state::State;
+use grail_process::{
+    Child, ChildEvent, ChildPolicy, ChildSpec, Incarnation, NotReady, Role, StopPlan, Supervised, supervise,
+};
+use grail_protocol::ids::TokenId;
+use tokio::sync::{mpsc, watch};
+
+use super::FleetError;
+use super::child::{self, not_ready};
+use super::workers::Target;
+use crate::engine::with_causes;
+use crate::generation::{GenerationError, Generator, HttpGenerator, Sample, ServerFacts};
+use crate::journal::Event;
+
+/// The launcher's own start: it only opens a socket.
+const LAUNCHER_START_LIMIT: Duration = Duration::from_secs(30);
+/// How long a launcher may take to stop its server: the whole stop recipe.
+const LAUNCHER_STOP_LIMIT: Duration = Duration::from_secs(25);
+
+/// How the generation server is run.
+#[derive(Debug, Clone)]
+pub struct ServerSettings {
+    pub launcher: PathBuf,
+    pub backend: Backend,
+    pub max_model_len: u32,
+    pub max_running_requests: Option<u32>,
+    pub gpus: Vec<String>,
+    pub random_seed: Option<u64>,
+    pub threads: Option<u32>,
+    pub start_limit: Duration,
+    /// Most requests in flight, and how long one may take.
+    pub max_concurrent: usize,
+    pub request_limit: Duration,
+}
+
+/// Facts of a checkpoint that answers are judged by.
+#[derive(Debug, Clone, Copy)]
+pub struct ModelFacts {
+    pub vocab_size: usize,
+    pub eos_token: TokenId,
+}
+
+/// The kept server.
+#[derive(Debug)]
+pub struct Server {
+    child: Supervised,
+    target: watch::Sender<(Target, ModelFacts)>,
+    served: watch::Receiver<Served>,
+    generator: Arc<WaitingGenerator>,
+}
+
+/// What the server can do now.
+#[derive(Debug, Clone, Default)]
+enum Served {
+    /// Nothing, but it is being worked on.
+    #[default]
+    Nothing,
+    /// Requests under this label.
+    Weights(String, Arc<HttpGenerator>),
+    /// Nothing, and nobody works on it any more.
+    Never(String),
+}
+
+impl Server {
+    /// Starts launcher and server on `target`.
+    #[must_use]
+    pub fn start(
+        settings: &ServerSettings,
+        runtime: &RuntimeFolder,
+        target: (Target, ModelFacts),
+        journal: mpsc::UnboundedSender<Event>,
+    ) -> Self {
+        let role = LauncherRole { settings: settings.clone(), runtime: runtime.clone(), call: None };
+        let policy = ChildPolicy {
+            name: "launcher".to_owned(),
+            start_limit: LAUNCHER_START_LIMIT,
+            restart: RestartPolicy::default(),
+            stop: StopPlan::terminate(LAUNCHER_STOP_LIMIT),
+            last_incarnation: 0,
+        };
+        let (child, events) = supervise(role, policy);
+        let (target, wanted) = watch::channel(target);
+        let (publish, served) = watch::channel(Served::Nothing);
+        let keeper =
+            Keeper { settings: settings.clone(), wanted, publish, journal, states: child.states(), failures: 0 };
+        tokio::spawn(keeper.run(events));
+        let generator = Arc::new(WaitingGenerator { served: served.clone() });
+        Self { child, target, served, generator }
+    }
+
+    /// The source of completions; it waits while the server is away.
+    #[must_use]
+    pub fn generator(&self) -> Arc<dyn Generator> {
+        self.generator.clone()
+    }
+
+    /// Has the server serve `target`, and waits for it.
+    ///
+    /// # Errors
+    /// [`FleetError::Server`] if it was given up.
+    pub async fn roll(&self, target: Target, facts: ModelFacts) -> Result<(), FleetError> {
+        let label = target.weights.to_string();
+        self.target.send_replace((target, facts));
+        self.wait_for(&label).await
+    }
+
+    /// Waits until the server answers under `label`.
+    ///
+    /// # Errors
+    /// As [`Server::roll`].
+    pub async fn wait_for(&self, label: &str) -> Result<(), FleetError> {
+        let mut served = self.served.clone();
+        let ended = || FleetError::Server { reason: "the launcher's keeper has ended".to_owned() };
+        let state = served
+            .wait_for(|served| match served {
+                Served::Nothing => false,
+                Served::Weights(serves, _) => serves == label,
+                Served::Never(_) => true,
+            })
+            .await
+            .map_err(|_| ended())?;
+        match &*state {
+            Served::Never(reason) => Err(FleetError::Server { reason: reason.clone() }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends server and launcher and waits for their end.
+    pub async fn shut_down(self) {
+        self.child.shut_down().await;
+    }
+}
+
+/// One launcher after the other, and on each the server.
+#[derive(Debug)]
+struct Keeper {
+    settings: ServerSettings,
+    wanted: watch::Receiver<(Target, ModelFacts)>,
+    publish: watch::Sender<Served>,
+    journal: mpsc::UnboundedSender<Event>,
+    states: watch::Receiver<State>,
+    failures: u32,
+}
+
+/// Starts of a server that may fail in a row before it is given up.
+const MOST_FAILURES: u32 = 5;
+
+impl Keeper {
+    async fn run(mut self, mut events: mpsc::UnboundedReceiver<ChildEvent<(LauncherClient, LauncherEvents)>>) {
+        while let Some(event) = events.recv().await {
+            match event {
+                ChildEvent::Ready { link: (client, launcher_events), .. } => {
+                    // Ends when the launcher is gone; its death comes as the next event.
+                    self.serve(&client, launcher_events).await;
+                    self.publish_loss("the launcher is gone");
+                }
+                ChildEvent::Died { cause, .. } if cause != DeathCause::Requested => {
+                    self.publish_loss(&format!("launcher died: {cause}"));
+                }
+                ChildEvent::GaveUp(reason) => {
+                    self.publish.send_replace(Served::Never(format!("launcher was given up: {reason}")));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Drives one launcher until its connection is over.
+    async fn serve(&mut self, client: &LauncherClient, mut events: LauncherEvents) {
+        let mut running = false;
+        loop {
+            self.wanted.mark_unchanged();
+            let (target, facts) = self.wanted.borrow().clone();
+            let label = target.weights.to_string();
+            let brought = if running {
+                client.update(&target.folder, &label).await.map(|epoch| (None, epoch))
+            } else {
+                let started = client.start(self.spec(&target, &label)).await;
+                started.map(|server| (Some(server.url), server.epoch))
+            };
+            match brought {
+                Ok((url, epoch)) => {
+                    running = true;
+                    self.failures = 0;
+                    if let Err(error) = self.publish_serving(url, &epoch.weights, facts) {
+                        tracing::error!(%error, "The client of the generation server cannot be made.");
+                        return;
+                    }
+                    tracing::info!(
+                        incarnation = epoch.incarnation,
+                        weights = epoch.weights,
+                        "Generation server serves."
+                    );
+                    let url = self.url().unwrap_or_default();
+                    drop(self.journal.send(Event::ServerReady { url, incarnation: epoch.incarnation }));
+                }
+                Err(error) => {
+                    running = false;
+                    self.failures += 1;
+                    let reason = with_causes(&error);
+                    self.publish_loss(&reason);
+                    if self.failures >= MOST_FAILURES || is_hopeless(&error) {
+                        self.publish.send_replace(Served::Never(reason));
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(500) * self.failures).await;
+                    continue;
+                }
+            }
+            tokio::select! {
+                lost = next_death(&mut events) => match lost {
+                    Some(cause) => {
+                        running = false;
+                        self.publish_loss(&cause);
+                    }
+                    None => return,
+                },
+                changed = self.wanted.changed() => if changed.is_err() { return },
+                _ = client.closed() => return,
+            }
+        }
+    }
+
+    fn spec(&self, target: &Target, label: &str) -> ServerSpec {
+        ServerSpec {
+            backend: self.settings.backend,
+            program: None,
+            model_path: target.folder.to_string_lossy().into_owned(),
+            weight_version: label.to_owned(),
+            max_model_len: self.settings.max_model_len,
+            max_running_requests: self.settings.max_running_requests,
+            gpus: self.settings.gpus.clone(),
+            random_seed: self.settings.random_seed,
+            threads: self.settings.threads,
+            start_timeout_s: self.settings.start_limit.as_secs().max(1),
+        }
+    }
+
+    fn url(&self) -> Option<String> {
+        match &*self.publish.borrow() {
+            Served::Weights(_, generator) => Some(generator.url().to_owned()),
+            _ => None,
+        }
+    }
+
+    /// A server that was updated keeps its address.
+    fn publish_serving(&self, url: Option<String>, label: &str, facts: ModelFacts) -> reqwest::Result<()> {
+        let Some(url) = url.or_else(|| self.url()) else { return Ok(()) };
+        let facts = ServerFacts {
+            url,
+            weight_version: label.to_owned(),
+            vocab_size: facts.vocab_size,
+            eos_token: facts.eos_token,
+        };
+        let generator = HttpGenerator::new(facts, self.settings.max_concurrent, self.settings.request_limit)?;
+        self.publish.send_replace(Served::Weights(label.to_owned(), Arc::new(generator)));
+        Ok(())
+    }
+
+    fn publish_loss(&self, cause: &str) {
+        let was_serving = matches!(&*self.publish.borrow(), Served::Weights(..));
+        if matches!(&*self.states.borrow(), State::Stopping { .. } | State::Dead) {
+            return;
+        }
+        if was_serving {
+            tracing::warn!(cause, "The generation server is lost; generation pauses, what is proved is kept.");
+            drop(self.journal.send(Event::ServerLost { cause: cause.to_owned() }));
+        } else {
+            tracing::warn!(cause, "The generation server does not serve.");
+        }
+        self.publish.send_replace(Served::Nothing);
+    }
+}
+
+/// Whether another try would end the same way.
+fn is_hopeless(error: &grail_ipc::RequestError) -> bool {
+    matches!(error, grail_ipc::RequestError::Failed(failed) if failed.severity == grail_ipc::messages::Severity::FatalForGroup)
+}
+
+/// The next unasked death of the server; `None` when the connection is over.
+async fn next_death(events: &mut LauncherEvents) -> Option<String> {
+    loop {
+        match events.next().await? {
+            LauncherEvent::Died { cause, last_lines, .. } => {
+                for line in last_lines.iter().rev().take(5).rev() {
+                    tracing::warn!(line, "Last lines of the dead server.");
+                }
+                return Some(cause);
+            }
+            LauncherEvent::Phase { phase, detail } => tracing::debug!(?phase, detail, "Generation server."),
+        }
+    }
+}
+
+/// A generator that waits for a server that serves.
+#[derive(Debug)]
+struct WaitingGenerator {
+    served: watch::Receiver<Served>,
+}
+
+impl Generator for WaitingGenerator {
+    fn sample(&self, sample: Sample) -> BoxFuture<'_, Result<Vec<TokenId>, GenerationError>> {
+        async move {
+            let generator = {
+                let mut served = self.served.clone();
+                let state = served
+                    .wait_for(|served| !matches!(served, Served::Nothing))
+                    .await
+                    .map_err(|_| GenerationError::NotRunning)?;
+                match &*state {
+                    Served::Weights(_, generator) => generator.clone(),
+                    Served::Nothing | Served::Never(_) => return Err(GenerationError::NotRunning),
+                }
+            };
+            generator.sample(sample).await
+        }
+        .boxed()
+    }
+
+    fn abort_all(&self) -> BoxFuture<'_, ()> {
+        async move {
+            let generator = match &*self.served.borrow() {
+                Served::Weights(_, generator) => Some(generator.clone()),
+                _ => None,
+            };
+            if let Some(generator) = generator {
+                generator.abort_all().await;
+            }
+        }
+        .boxed()
+    }
+}
+
+/// The launcher's process.
+#[derive(Debug)]
+struct LauncherRole {
+    settings: ServerSettings,
+    runtime: RuntimeFolder,
+    call: Option<(PathBuf, Expected)>,
+}
+
+impl Role for LauncherRole {
+    type Link = (LauncherClient, LauncherEvents);
+
+    fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, Box<dyn std::error::Error + Send + Sync>> {
+        let place = (SlotId(0), incarnation);
+        let (mut spec, expected, socket) = child::serving("launcher", &self.settings.launcher, &self.runtime, place)?;
+        // It must run its stop recipe when we die; killed at once it would leave the server's tree to init.
+        spec.parent_death_signal = Some(grail_process::Signal::SIGTERM);
+        self.call = Some((socket, expected));
+        Ok(spec)
+    }
+
+    fn ready(
+        &mut self,
+        _: Arc<Child>,
+        _: Incarnation,
+    ) -> impl Future<Output = Result<Self::Link, NotReady>> + Send + 'static {
+        let call = self.call.clone();
+        async move {
+            let Some((socket, expected)) = call else {
+                return Err(NotReady(DeathCause::NotSpawned { detail: "it was never described".to_owned() }));
+            };
+            LauncherClient::connect(&socket, &expected, LAUNCHER_START_LIMIT).await.map_err(|error| not_ready(&error))
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The journal: one JSON line for each thing that an operator, or a test, may ask about later.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use grail_protocol::ids::{BlockNumber, CheckpointWindow, GroupIndex, WeightsHash, WindowStart};
+use serde::{Deserialize, Serialize};
+
+/// Name of the journal in the state directory.
+pub const FILE: &str = "journal.jsonl";
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Event {
+    Started {
+        pid: u32,
+        build: String,
+    },
+    WorkerReady {
+        slot: u32,
+        pid: u32,
+        epoch: u64,
+    },
+    WorkerLost {
+        slot: u32,
+        epoch: u64,
+        cause: String,
+    },
+    ServerReady {
+        url: String,
+        incarnation: u64,
+    },
+    ServerLost {
+        cause: String,
+    },
+    CheckpointActive {
+        checkpoint: CheckpointWindow,
+        weights: WeightsHash,
+    },
+    WindowStarted {
+        window: WindowStart,
+        block: BlockNumber,
+        checkpoint: CheckpointWindow,
+        recovered_groups: usize,
+    },
+    WindowSkipped {
+        window: WindowStart,
+        reason: String,
+    },
+    /// The group is on disk: from here on it must reach the window file.
+    GroupSpooled {
+        window: WindowStart,
+        group: GroupIndex,
+        slot: u32,
+        successes: usize,
+    },
+    GroupDropped {
+        window: WindowStart,
+        group: GroupIndex,
+        reason: String,
+    },
+    WindowSealed {
+        window: WindowStart,
+        groups: usize,
+        rollouts: usize,
+        bytes: usize,
+        sha256: String,
+    },
+    WindowUploaded {
+        window: WindowStart,
+        key: String,
+        bytes: usize,
+    },
+    WindowLost {
+        window: WindowStart,
+        reason: String,
+    },
+    Stopped {
+        reason: String,
+    },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Line {
+    unix_ms: u64,
+    event: Event,
+}
+
+/// Append-only writer of the journal.
+#[derive(Debug)]
+pub struct Journal {
+    file: File,
+}
+
+impl Journal {
+    /// Opens or creates the journal of a state directory.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn open(state_dir: &Path) -> io::Result<Self> {
+        Ok(Self { file: OpenOptions::new().append(true).create(true).open(state_dir.join(FILE))? })
+    }
+
+    /// Appends one event, in one write, so that lines of a crash are whole or absent.
+    pub fn record(&mut self, event: Event) {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let line = Line { unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX), event };
+        let written = serde_json::to_vec(&line).map_err(io::Error::from).and_then(|mut text| {
+            text.push(b'\n');
+            self.file.write_all(&text)
+        });
+        // The journal informs; the spool is the truth. A full disk must not stop the window over it.
+        if let Err(error) = written {
+            tracing::warn!(%error, event = ?line.event, "The journal could not be written.");
+        }
+    }
+}
+
+/// All events of a journal, oldest first; lines that are torn or of a newer version are left out.
+///
+/// # Errors
+/// If the file cannot be read.
+pub fn read(state_dir: &Path) -> io::Result<Vec<Event>> {
+    let text = std::fs::read_to_string(state_dir.join(FILE))?;
+    Ok(text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()).map(|line| line.event).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_come_back_in_order_and_torn_lines_are_left_out() {
+        let state = tempfile::tempdir().unwrap();
+        let started = Event::Started { pid: 1, build: "0".into() };
+        let stopped = Event::Stopped { reason: "done".into() };
+        let mut journal = Journal::open(state.path()).unwrap();
+        journal.record(started.clone());
+        journal.file.write_all(b"{\"unix_ms\": 1, \"ev\n").unwrap();
+        journal.record(stopped.clone());
+        assert_eq!(read(state.path()).unwrap(), vec![started, stopped]);
+    }
+}

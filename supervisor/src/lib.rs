@@ -1,0 +1,22 @@
+//! The supervisor: wallet, chain, store, schedule and spool of a GRAIL miner. It never links libtorch and never holds a CUDA
+//! context; proofs and generation happen in child processes.
+
+pub mod beacon;
+pub mod chain;
+pub mod checkpoints;
+pub mod durable;
+pub mod engine;
+pub mod environments;
+pub mod fleet;
+pub mod generation;
+pub mod group;
+pub mod journal;
+pub mod miner;
+pub mod plan;
+pub mod progress;
+pub mod proofs;
+pub mod seal;
+pub mod spool;
+pub mod state;
+pub mod store;
+pub mod verify;

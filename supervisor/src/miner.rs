@@ -1,0 +1,261 @@
+//! The loop over windows: plan, roll, mine, until told to stop.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use grail_environments::{Environment, EnvironmentId, Split, ThinkingMode};
+use grail_protocol::constants::DEADLINE_SLACK_SECONDS;
+use grail_protocol::ids::WindowStart;
+use grail_protocol::keys::Keypair;
+use tokio_util::sync::CancellationToken;
+
+use crate::beacon::Beacon;
+use crate::chain::{Chain, ChainError, Head};
+use crate::checkpoints::{CheckpointError, Checkpoints, ReadyCheckpoint};
+use crate::engine::{Engine, EngineError, Outcome, with_causes};
+use crate::environments::{EnvironmentSource, SourceError};
+use crate::fleet::{Fleet, FleetError};
+use crate::generation::Generator;
+use crate::group::WindowParts;
+use crate::journal::Event;
+use crate::plan::WindowPlan;
+use crate::progress::Progress;
+use crate::state::{StateDir, StateError, WindowRandomness};
+
+/// A miner that cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MineError {
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Fleet(#[from] FleetError),
+    /// Before the first window nothing runs yet that waiting would help.
+    #[error("no window can be mined")]
+    FirstCheckpoint(#[source] CheckpointError),
+}
+
+/// Why a window is not mined; the next one may be.
+#[derive(Debug, thiserror::Error)]
+enum Skipped {
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    EnvironmentId(#[from] grail_environments::ParseEnvironmentIdError),
+    #[error(transparent)]
+    Split(#[from] grail_environments::ParseSplitError),
+    #[error(transparent)]
+    ThinkingMode(#[from] grail_environments::ParseThinkingModeError),
+    #[error("the checkpoint could not be rolled out")]
+    Roll(#[source] FleetError),
+}
+
+/// A window that is not begun.
+#[derive(Debug)]
+enum NotBegun {
+    Skipped(Skipped),
+    Fatal(MineError),
+}
+
+impl<E: Into<Skipped>> From<E> for NotBegun {
+    fn from(error: E) -> Self {
+        Self::Skipped(error.into())
+    }
+}
+
+/// What was done.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Summary {
+    pub uploaded: Vec<(WindowStart, usize, PathBuf)>,
+    pub lost: usize,
+    pub skipped: usize,
+}
+
+/// Everything that mines.
+#[derive(Debug)]
+pub struct Miner {
+    pub state: StateDir,
+    pub chain: Arc<dyn Chain>,
+    pub beacon: Beacon,
+    pub checkpoints: Checkpoints,
+    pub environments: EnvironmentSource,
+    pub engine: Engine,
+    pub fleet: Fleet,
+    pub signer: Arc<Keypair>,
+    pub progress: Arc<Progress>,
+    pub max_model_len: usize,
+}
+
+impl Miner {
+    /// Mines until `windows` window files are in the store, or until `stop`.
+    ///
+    /// # Errors
+    /// [`MineError`]; what was spooled stays in the spool.
+    pub async fn run(&mut self, windows: Option<usize>, stop: CancellationToken) -> Result<Summary, MineError> {
+        let mut summary = Summary::default();
+        let mut done = self.last_uploaded();
+        while windows.is_none_or(|windows| summary.uploaded.len() < windows) {
+            let Some(head) = self.next_window(done, &stop).await? else { break };
+            let window = WindowStart::containing(head.block);
+            done = Some(window);
+            let parts = match self.prepare(window, head).await {
+                Ok(parts) => parts,
+                Err(NotBegun::Fatal(error)) => return Err(error),
+                // Before the first window nothing runs that waiting would help: say at once what is wrong.
+                Err(NotBegun::Skipped(Skipped::Checkpoint(error))) if !self.fleet.is_started() => {
+                    return Err(MineError::FirstCheckpoint(error));
+                }
+                Err(NotBegun::Skipped(Skipped::Roll(error))) if !self.fleet.is_started() => return Err(error.into()),
+                Err(NotBegun::Skipped(reason)) => {
+                    self.skip(window, with_causes(&reason));
+                    summary.skipped += 1;
+                    continue;
+                }
+            };
+            match self.engine.run_window(parts, stop.child_token()).await? {
+                Outcome::Uploaded { groups, file, .. } => summary.uploaded.push((window, groups, file)),
+                Outcome::Empty { dropped } => {
+                    self.skip(window, format!("no group was ready in time, {dropped} were dropped"));
+                    summary.skipped += 1;
+                }
+                Outcome::Lost { .. } => summary.lost += 1,
+            }
+        }
+        Ok(summary)
+    }
+
+    /// A window whose file is in the store must not be put again: the later object would be the one that counts.
+    fn last_uploaded(&self) -> Option<WindowStart> {
+        let events = crate::journal::read(self.state.root()).unwrap_or_default();
+        let uploaded = |event| match event {
+            Event::WindowUploaded { window, .. } => Some(window),
+            _ => None,
+        };
+        events.into_iter().filter_map(uploaded).max()
+    }
+
+    /// Waits for a window after `done`; `None` when told to stop.
+    async fn next_window(
+        &self,
+        done: Option<WindowStart>,
+        stop: &CancellationToken,
+    ) -> Result<Option<Head>, ChainError> {
+        loop {
+            let head = self.chain.head().await?;
+            let window = WindowStart::containing(head.block);
+            let wanted = match done {
+                Some(done) if window <= done => done.next(),
+                // The first checkpoint of the local chain is ready for its first whole window only.
+                _ if window.block() < self.chain.first_window().block() => self.chain.first_window(),
+                _ => return Ok(Some(head)),
+            };
+            let due = self.chain.expected_time(wanted.block()).await?;
+            let pause = due.duration_since(SystemTime::now()).unwrap_or_default();
+            let pause = pause.clamp(Duration::from_millis(10), Duration::from_secs(5));
+            tokio::select! {
+                () = stop.cancelled() => return Ok(None),
+                () = tokio::time::sleep(pause) => {}
+            }
+            if stop.is_cancelled() {
+                return Ok(None);
+            }
+        }
+    }
+
+    async fn prepare(&mut self, window: WindowStart, head: Head) -> Result<Arc<WindowParts>, NotBegun> {
+        let checkpoint = self.checkpoints.for_window(window).await?;
+        let plan = self.plan(window, head, &checkpoint).await?;
+        let environment = self.environments.open(plan.environment, plan.split)?;
+        let rolled = self.fleet.roll(&checkpoint).await.map_err(Skipped::Roll)?;
+        if rolled {
+            let weights = checkpoint.installed.weights_hash;
+            self.engine.journal.record(Event::CheckpointActive { checkpoint: plan.checkpoint, weights });
+        }
+        let generator = self
+            .fleet
+            .generator()
+            .ok_or_else(|| Skipped::Roll(FleetError::Server { reason: "it was never started".to_owned() }))?;
+        Ok(Arc::new(self.parts(plan, &checkpoint, environment, generator)))
+    }
+
+    fn parts(
+        &self,
+        plan: WindowPlan,
+        checkpoint: &ReadyCheckpoint,
+        environment: Arc<dyn Environment>,
+        generator: Arc<dyn Generator>,
+    ) -> WindowParts {
+        WindowParts {
+            plan,
+            environment,
+            tokenizer: checkpoint.files.tokenizer.clone(),
+            template: checkpoint.files.template.clone(),
+            eos_token: checkpoint.files.eos_token,
+            vocab_size: checkpoint.files.vocab_size,
+            max_position_embeddings: checkpoint.files.max_position_embeddings,
+            max_model_len: self.max_model_len,
+            generator,
+            prover: self.fleet.prover(),
+            signer: self.signer.clone(),
+            progress: self.progress.clone(),
+        }
+    }
+
+    async fn plan(
+        &self,
+        window: WindowStart,
+        head: Head,
+        checkpoint: &ReadyCheckpoint,
+    ) -> Result<WindowPlan, NotBegun> {
+        let policy = &checkpoint.policy;
+        let environment: EnvironmentId = policy.env_id.parse().map_err(Skipped::EnvironmentId)?;
+        let split = Split::resolve(environment, policy.env_params.split.as_deref())?;
+        let thinking: ThinkingMode = policy.thinking_mode.as_str().parse().map_err(Skipped::ThinkingMode)?;
+        let window_hash = self.chain.block_hash(window.block()).await.map_err(fatal)?;
+        let WindowRandomness { randomness, use_drand, .. } =
+            match self.state.window_randomness(window).map_err(fatal)? {
+                Some(kept) => kept,
+                None => {
+                    let (randomness, use_drand) = self.beacon.miner_randomness(&window_hash, head.block);
+                    let record = WindowRandomness { window, randomness, use_drand };
+                    self.state.keep_window_randomness(&record).map_err(fatal)?;
+                    record
+                }
+            };
+        let end = self.chain.expected_time(window.end()).await.map_err(fatal)?;
+        Ok(WindowPlan {
+            window,
+            window_hash,
+            hotkey: self.signer.hotkey().clone(),
+            randomness,
+            use_drand,
+            checkpoint: checkpoint.installed.window,
+            model_dir: checkpoint.installed.folder.clone(),
+            weights: checkpoint.installed.weights_hash,
+            model_name: checkpoint.model_name.clone(),
+            environment,
+            split,
+            thinking,
+            sampling: policy.generation.clone(),
+            dtype: self.fleet.dtype(),
+            dataset_rows: self.environments.rows_path().to_owned(),
+            deadline: end - Duration::from_secs_f64(-DEADLINE_SLACK_SECONDS),
+        })
+    }
+
+    fn skip(&mut self, window: WindowStart, reason: String) {
+        tracing::warn!(%window, reason, "Window skipped.");
+        self.engine.journal.record(Event::WindowSkipped { window, reason });
+    }
+}
+
+fn fatal(error: impl Into<MineError>) -> NotBegun {
+    NotBegun::Fatal(error.into())
+}

@@ -1,0 +1,35 @@
+//! The facts of one window, settled before its first group and never changed in it.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use grail_checkpoint::GenerationParams;
+use grail_environments::{EnvironmentId, Split, ThinkingMode};
+use grail_protocol::ids::{BlockHash, CheckpointWindow, Hotkey, WeightsHash, WindowStart};
+use grail_protocol::randomness::MinerRandomness;
+
+/// Plan of one window: which checkpoint, environment, sampling policy and randomness.
+#[derive(Debug, Clone)]
+pub struct WindowPlan {
+    pub window: WindowStart,
+    pub window_hash: BlockHash,
+    pub hotkey: Hotkey,
+    /// `R_m`.
+    pub randomness: MinerRandomness,
+    pub use_drand: bool,
+    pub checkpoint: CheckpointWindow,
+    /// Installed folder of the checkpoint.
+    pub model_dir: PathBuf,
+    pub weights: WeightsHash,
+    pub model_name: String,
+    pub environment: EnvironmentId,
+    pub split: Split,
+    pub thinking: ThinkingMode,
+    pub sampling: GenerationParams,
+    /// Dtype of the proofs: `float32` on CPU, `bfloat16` on CUDA.
+    pub dtype: &'static str,
+    /// Rows of the environment's data set.
+    pub dataset_rows: PathBuf,
+    /// Latest time at which the object may be stored: four seconds before block `W + 30`.
+    pub deadline: SystemTime,
+}

@@ -1,0 +1,318 @@
+//! The proof workers as seen by the engine: jobs go in, proofs come out, whoever makes them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use grail_ipc::jobs::{GroupProof, ProveJob};
+use grail_ipc::messages::SlotId;
+use tokio::sync::{mpsc, oneshot};
+
+/// Requests that a worker holds at once, so that its device never waits for the pipe.
+pub const IN_FLIGHT_PER_WORKER: usize = 2;
+/// A group that was on this many workers when they died is not given to a third.
+pub const MAX_DEATHS_OF_A_GROUP: u32 = 2;
+
+/// Proof of one group, and who made it.
+#[derive(Debug, Clone)]
+pub struct Proof {
+    pub slot: SlotId,
+    pub group: GroupProof,
+}
+
+/// A proof that could not be made.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProofError {
+    #[error("{code}: {detail}")]
+    Group { code: String, detail: String },
+    #[error("worker {slot} is lost: {cause}")]
+    WorkerLost { slot: SlotId, cause: String },
+    #[error("group was on {deaths} workers that died; its inputs are poisonous")]
+    Poisonous { deaths: u32 },
+    #[error("no worker is left")]
+    NoWorkers,
+}
+
+/// Maker of proofs.
+pub trait Prover: Send + Sync + std::fmt::Debug {
+    /// Proves one group.
+    fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'_, Result<Proof, ProofError>>;
+}
+
+/// A worker that takes requests, one incarnation of a slot.
+pub trait Worker: Send + Sync + std::fmt::Debug {
+    /// The slot it runs in.
+    fn slot(&self) -> SlotId;
+
+    /// Proves one group; [`ProofError::WorkerLost`] when the process is gone.
+    fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'static, Result<Proof, ProofError>>;
+}
+
+/// Message to the dispatcher.
+#[derive(Debug)]
+enum Message {
+    Job(Arc<ProveJob>, oneshot::Sender<Result<Proof, ProofError>>),
+    Ready(Arc<dyn Worker>),
+    Lost(SlotId),
+    NoMoreWorkers,
+}
+
+/// The engine's end of the dispatcher.
+#[derive(Debug, Clone)]
+pub struct ProofQueue {
+    sender: mpsc::UnboundedSender<Message>,
+}
+
+impl ProofQueue {
+    /// Starts a dispatcher without workers; it ends when the last clone of the queue is gone.
+    #[must_use]
+    pub fn start() -> Self {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        tokio::spawn(Dispatcher::default().run(receiver));
+        Self { sender }
+    }
+
+    /// A worker is ready for requests.
+    pub fn worker_ready(&self, worker: Arc<dyn Worker>) {
+        self.send(Message::Ready(worker));
+    }
+
+    /// The worker of `slot` takes no more requests; those in flight fail by themselves and are sent elsewhere.
+    pub fn worker_lost(&self, slot: SlotId) {
+        self.send(Message::Lost(slot));
+    }
+
+    /// All slots have given up: waiting jobs fail instead of waiting for ever.
+    pub fn no_more_workers(&self) {
+        self.send(Message::NoMoreWorkers);
+    }
+
+    fn send(&self, message: Message) {
+        // The dispatcher lives as long as any queue does; it is gone only when the runtime is being torn down.
+        if self.sender.send(message).is_err() {
+            tracing::debug!("The proof dispatcher has ended.");
+        }
+    }
+}
+
+impl Prover for ProofQueue {
+    fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'_, Result<Proof, ProofError>> {
+        let (answer, waiting) = oneshot::channel();
+        self.send(Message::Job(job, answer));
+        async { waiting.await.unwrap_or(Err(ProofError::NoWorkers)) }.boxed()
+    }
+}
+
+#[derive(Debug)]
+struct Pending {
+    job: Arc<ProveJob>,
+    deaths: u32,
+    answer: oneshot::Sender<Result<Proof, ProofError>>,
+}
+
+#[derive(Debug)]
+struct Lane {
+    worker: Arc<dyn Worker>,
+    jobs: usize,
+    tokens: usize,
+}
+
+/// One task owns all lanes and the queue: least loaded lane by tokens, two jobs a lane.
+#[derive(Debug, Default)]
+struct Dispatcher {
+    lanes: Vec<Lane>,
+    waiting: VecDeque<Pending>,
+    closed: bool,
+}
+
+/// A job that came back from a worker.
+#[derive(Debug)]
+struct Finished {
+    worker: Arc<dyn Worker>,
+    pending: Pending,
+    result: Result<Proof, ProofError>,
+}
+
+impl Dispatcher {
+    async fn run(mut self, mut messages: mpsc::UnboundedReceiver<Message>) {
+        let mut running = tokio::task::JoinSet::new();
+        loop {
+            tokio::select! {
+                message = messages.recv() => match message {
+                    Some(message) => self.take(message),
+                    None => return,
+                },
+                Some(finished) = running.join_next(), if !running.is_empty() => match finished {
+                    Ok(finished) => self.finish(finished),
+                    Err(error) => tracing::error!(%error, "A proof task ended abnormally."),
+                },
+            }
+            while let Some((worker, pending)) = self.next() {
+                running.spawn(async move {
+                    let result = worker.prove(pending.job.clone()).await;
+                    Finished { worker, pending, result }
+                });
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Job(job, answer) => self.waiting.push_back(Pending { job, deaths: 0, answer }),
+            Message::Ready(worker) => {
+                self.closed = false;
+                self.lanes.retain(|lane| lane.worker.slot() != worker.slot());
+                self.lanes.push(Lane { worker, jobs: 0, tokens: 0 });
+            }
+            Message::Lost(slot) => self.lanes.retain(|lane| lane.worker.slot() != slot),
+            Message::NoMoreWorkers => self.closed = true,
+        }
+        if self.closed && self.lanes.is_empty() {
+            for pending in self.waiting.drain(..) {
+                answer(pending, Err(ProofError::NoWorkers));
+            }
+        }
+    }
+
+    /// The next job and its lane, if a lane has room.
+    fn next(&mut self) -> Option<(Arc<dyn Worker>, Pending)> {
+        // A window that was given up drops its futures; their jobs need no proof any more.
+        self.waiting.retain(|pending| !pending.answer.is_closed());
+        let lane =
+            self.lanes.iter_mut().filter(|lane| lane.jobs < IN_FLIGHT_PER_WORKER).min_by_key(|lane| lane.tokens)?;
+        let pending = self.waiting.pop_front()?;
+        lane.jobs += 1;
+        lane.tokens += pending.job.tokens();
+        Some((lane.worker.clone(), pending))
+    }
+
+    fn finish(&mut self, finished: Finished) {
+        let Finished { worker, mut pending, result } = finished;
+        // Another incarnation of the slot may have taken the lane since.
+        if let Some(lane) = self.lanes.iter_mut().find(|lane| Arc::ptr_eq(&lane.worker, &worker)) {
+            lane.jobs -= 1;
+            lane.tokens -= pending.job.tokens();
+        }
+        match result {
+            Err(ProofError::WorkerLost { slot, cause }) => {
+                self.lanes.retain(|lane| !Arc::ptr_eq(&lane.worker, &worker));
+                pending.deaths += 1;
+                tracing::warn!(%slot, group = %pending.job.group, deaths = pending.deaths, cause, "A group lost its worker.");
+                if pending.deaths >= MAX_DEATHS_OF_A_GROUP {
+                    let deaths = pending.deaths;
+                    answer(pending, Err(ProofError::Poisonous { deaths }));
+                } else if self.closed && self.lanes.is_empty() {
+                    answer(pending, Err(ProofError::NoWorkers));
+                } else {
+                    self.waiting.push_front(pending);
+                }
+            }
+            result => answer(pending, result),
+        }
+    }
+}
+
+fn answer(pending: Pending, result: Result<Proof, ProofError>) {
+    if pending.answer.send(result).is_err() {
+        tracing::debug!(group = %pending.job.group, "Nobody waits for this proof any more.");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use grail_protocol::ids::{GroupIndex, TokenId, WeightsHash};
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    /// Answers at once, or dies on every job.
+    #[derive(Debug)]
+    struct FakeWorker {
+        slot: SlotId,
+        dies: bool,
+        proved: AtomicUsize,
+        groups: Mutex<Vec<GroupIndex>>,
+    }
+
+    impl FakeWorker {
+        fn new(slot: u32, dies: bool) -> Arc<Self> {
+            Arc::new(Self { slot: SlotId(slot), dies, proved: AtomicUsize::new(0), groups: Mutex::default() })
+        }
+    }
+
+    impl Worker for FakeWorker {
+        fn slot(&self) -> SlotId {
+            self.slot
+        }
+
+        fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'static, Result<Proof, ProofError>> {
+            self.groups.lock().unwrap().push(job.group);
+            self.proved.fetch_add(1, Ordering::Relaxed);
+            let (slot, dies) = (self.slot, self.dies);
+            async move {
+                tokio::task::yield_now().await;
+                if dies {
+                    return Err(ProofError::WorkerLost { slot, cause: "killed".into() });
+                }
+                let (group, weights) = (job.group, job.weights);
+                let (prompt_sketches, members, compute) = (Vec::new(), Vec::new(), Duration::ZERO);
+                Ok(Proof { slot, group: GroupProof { group, weights, prompt_sketches, members, compute } })
+            }
+            .boxed()
+        }
+    }
+
+    fn job(group: i64) -> Arc<ProveJob> {
+        Arc::new(ProveJob {
+            group: GroupIndex(group),
+            weights: WeightsHash(1),
+            randomness: vec![1],
+            eos_token: TokenId(0),
+            prompt: vec![TokenId(1); 4],
+            completions: vec![vec![TokenId(2); 32]],
+        })
+    }
+
+    #[tokio::test]
+    async fn both_workers_get_work() {
+        let queue = ProofQueue::start();
+        let workers = [FakeWorker::new(0, false), FakeWorker::new(1, false)];
+        for worker in &workers {
+            queue.worker_ready(worker.clone());
+        }
+        futures::future::try_join_all((0..40).map(|group| queue.prove(job(group)))).await.unwrap();
+        for worker in &workers {
+            assert!(worker.proved.load(Ordering::Relaxed) >= 10, "{worker:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_group_of_a_dead_worker_goes_to_another_one() {
+        let queue = ProofQueue::start();
+        queue.worker_ready(FakeWorker::new(0, true));
+        let proof = queue.prove(job(7));
+        let survivor = FakeWorker::new(1, false);
+        queue.worker_ready(survivor.clone());
+        assert_eq!(proof.await.unwrap().slot, SlotId(1));
+        assert_eq!(*survivor.groups.lock().unwrap(), [GroupIndex(7)]);
+    }
+
+    #[tokio::test]
+    async fn a_group_that_kills_two_workers_is_poisonous() {
+        let queue = ProofQueue::start();
+        queue.worker_ready(FakeWorker::new(0, true));
+        queue.worker_ready(FakeWorker::new(1, true));
+        assert!(matches!(queue.prove(job(0)).await, Err(ProofError::Poisonous { deaths: 2 })));
+    }
+
+    #[tokio::test]
+    async fn jobs_fail_when_no_worker_will_come_back() {
+        let queue = ProofQueue::start();
+        let proof = queue.prove(job(0));
+        queue.no_more_workers();
+        assert!(matches!(proof.await, Err(ProofError::NoWorkers)));
+    }
+}
