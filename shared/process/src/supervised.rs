@@ -1,0 +1,438 @@
+//! One child that is kept alive: [`crate::state::Machine`] driven by a real process.
+
+use std::error::Error;
+use std::fmt;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tracing::{Instrument, error, info, info_span, warn};
+
+use crate::cause::DeathCause;
+use crate::child::{self, Child, Exit, StopPlan};
+use crate::restart::RestartPolicy;
+use crate::spec::ChildSpec;
+use crate::state::{Command, Event, GiveUp, Machine, State};
+
+/// Which start of a child this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Incarnation {
+    /// Rises with every start; 1 is the first.
+    pub number: u64,
+    /// It shall run with a smaller budget, because the last one ran out of memory.
+    pub reduced: bool,
+}
+
+/// Why a child that runs is not ready and never will be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotReady(pub DeathCause);
+
+/// What to run for a child, and when it is ready.
+pub trait Role: Send + 'static {
+    /// What is had of a child that is ready, for instance a connection.
+    type Link: Send + 'static;
+
+    /// What to run.
+    ///
+    /// # Errors
+    /// Counts as a death of an incarnation that never ran.
+    fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, Box<dyn Error + Send + Sync>>;
+
+    /// Waits until the child is ready. It is dropped when the child dies or its start takes too long.
+    fn ready(
+        &mut self,
+        child: Arc<Child>,
+        incarnation: Incarnation,
+    ) -> impl Future<Output = Result<Self::Link, NotReady>> + Send + 'static;
+}
+
+/// How a child is kept alive.
+#[derive(Debug, Clone)]
+pub struct ChildPolicy {
+    /// Name in logs and events, for instance `worker-0`.
+    pub name: String,
+    /// How long a start may take.
+    pub start_limit: Duration,
+    pub restart: RestartPolicy,
+    pub stop: StopPlan,
+    /// Incarnations that were used before.
+    pub last_incarnation: u64,
+}
+
+/// What happened to a child.
+#[derive(Debug)]
+pub enum ChildEvent<L> {
+    /// Its process runs.
+    Started { incarnation: Incarnation, pid: i32 },
+    /// It works.
+    Ready { incarnation: Incarnation, child: Arc<Child>, link: L },
+    /// It shall finish what it has; answer with [`Supervised::drained`].
+    Draining { incarnation: u64 },
+    /// It is gone, with all that belongs to it.
+    Died { incarnation: u64, cause: DeathCause, exit: Option<Exit>, last_lines: Vec<String> },
+    /// The next start follows after `delay`.
+    Backoff { delay: Duration },
+    /// There will be no next start before it is released.
+    GaveUp(GiveUp),
+    /// It has ended as it was told to.
+    Stopped,
+}
+
+/// What a child is told from outside.
+#[derive(Debug)]
+enum Request {
+    Event(Event),
+    /// Concerns one incarnation only.
+    Fault {
+        incarnation: u64,
+        cause: DeathCause,
+    },
+}
+
+/// The handle of a child that is kept alive; dropping it ends the child.
+#[derive(Debug)]
+pub struct Supervised {
+    requests: mpsc::UnboundedSender<Request>,
+    state: watch::Receiver<State>,
+    task: JoinHandle<()>,
+}
+
+impl Supervised {
+    /// Where the child is now.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    /// Changes of the state.
+    #[must_use]
+    pub fn states(&self) -> watch::Receiver<State> {
+        self.state.clone()
+    }
+
+    /// Tells that incarnation `incarnation` has a fault: it is ended, and what follows depends on `cause`. Without meaning if
+    /// another one lives by now.
+    pub fn fault(&self, incarnation: u64, cause: DeathCause) {
+        self.tell(Request::Fault { incarnation, cause });
+    }
+
+    /// Has the child finish what it has and then end.
+    pub fn drain(&self) {
+        self.tell(Request::Event(Event::Drain));
+    }
+
+    /// Tells that a draining child has nothing left.
+    pub fn drained(&self) {
+        self.tell(Request::Event(Event::Drained));
+    }
+
+    /// Ends the child for good.
+    pub fn stop(&self) {
+        self.tell(Request::Event(Event::Stop));
+    }
+
+    /// Ends the child and starts it again; this counts as no death.
+    pub fn restart(&self) {
+        self.tell(Request::Event(Event::Restart));
+    }
+
+    /// Starts a child that ended or was given up.
+    pub fn release(&self) {
+        self.tell(Request::Event(Event::Wanted));
+    }
+
+    /// Ends the child and waits until nothing is left of it.
+    pub async fn shut_down(self) {
+        self.stop();
+        drop(self.requests);
+        if let Err(error) = self.task.await {
+            error!(%error, "The task of a child failed.");
+        }
+    }
+
+    fn tell(&self, request: Request) {
+        // The task ends only with this handle.
+        self.requests.send(request).unwrap_or_default();
+    }
+}
+
+/// Starts a child and keeps it alive; events come in order.
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub fn supervise<R: Role>(role: R, policy: ChildPolicy) -> (Supervised, mpsc::UnboundedReceiver<ChildEvent<R::Link>>) {
+    let (events, inbox) = mpsc::unbounded_channel();
+    let (requests, asked) = mpsc::unbounded_channel();
+    let machine = Machine::new(policy.restart.clone(), policy.last_incarnation);
+    let (publish, state) = watch::channel(machine.state().clone());
+    let span = info_span!("child", name = %policy.name);
+    let keeper = Keeper { role, policy, machine, events, publish, life: Life::None, chance: Chance::new() };
+    let task = tokio::spawn(keeper.run(asked).instrument(span));
+    (Supervised { requests, state, task }, inbox)
+}
+
+/// What the keeper waits for.
+enum Life<L> {
+    None,
+    Starting { child: Arc<Child>, ready: JoinHandle<Result<L, NotReady>>, deadline: Instant },
+    Running { child: Arc<Child> },
+    Delay { until: Instant },
+}
+
+impl<L> Life<L> {
+    fn child(&self) -> Option<&Arc<Child>> {
+        match self {
+            Self::Starting { child, .. } | Self::Running { child } => Some(child),
+            Self::None | Self::Delay { .. } => None,
+        }
+    }
+}
+
+struct Keeper<R: Role> {
+    role: R,
+    policy: ChildPolicy,
+    machine: Machine,
+    events: mpsc::UnboundedSender<ChildEvent<R::Link>>,
+    publish: watch::Sender<State>,
+    life: Life<R::Link>,
+    chance: Chance,
+}
+
+/// What ended a wait.
+enum Woken<L> {
+    Request(Option<Request>),
+    Exited(Exit),
+    Ready(Result<L, NotReady>),
+    DelayOver,
+}
+
+impl<R: Role> Keeper<R> {
+    async fn run(mut self, mut requests: mpsc::UnboundedReceiver<Request>) {
+        let mut is_held = true;
+        self.step(Event::Wanted).await;
+        while is_held || self.machine.state().is_alive() {
+            match self.wait(&mut requests, is_held).await {
+                Woken::Request(Some(Request::Event(event))) => self.step(event).await,
+                Woken::Request(Some(Request::Fault { incarnation, cause })) => {
+                    if incarnation == self.machine.incarnation() {
+                        warn!(incarnation, %cause, "Child has a fault.");
+                        self.step(Event::Fault(cause)).await;
+                    }
+                }
+                Woken::Request(None) => {
+                    is_held = false;
+                    self.step(Event::Stop).await;
+                }
+                Woken::Ready(Ok(link)) => self.ready(link).await,
+                Woken::Ready(Err(NotReady(cause))) => {
+                    warn!(%cause, "Child is not ready.");
+                    self.step(Event::Fault(cause)).await;
+                }
+                Woken::Exited(exit) => self.died(exit).await,
+                Woken::DelayOver => self.step(Event::DelayOver).await,
+            }
+        }
+    }
+
+    async fn wait(&mut self, requests: &mut mpsc::UnboundedReceiver<Request>, is_held: bool) -> Woken<R::Link> {
+        let request = async { if is_held { requests.recv().await } else { std::future::pending().await } };
+        match &mut self.life {
+            Life::None => Woken::Request(request.await),
+            Life::Delay { until } => tokio::select! {
+                request = request => Woken::Request(request),
+                () = tokio::time::sleep_until(*until) => Woken::DelayOver,
+            },
+            Life::Running { child } => tokio::select! {
+                request = request => Woken::Request(request),
+                exit = child.wait() => Woken::Exited(exit),
+            },
+            Life::Starting { child, ready, deadline } => tokio::select! {
+                // A death explains a handshake that failed with it, so it is looked at first.
+                biased;
+                exit = child.wait() => Woken::Exited(exit),
+                request = request => Woken::Request(request),
+                answer = tokio::time::timeout_at(*deadline, &mut *ready) => Woken::Ready(match answer {
+                    Ok(Ok(Err(not_ready))) => Err(prefer_exit(child, not_ready).await),
+                    Ok(Ok(Ok(link))) => Ok(link),
+                    Ok(Err(panicked)) => Err(NotReady(DeathCause::HandshakeFailed { detail: panicked.to_string() })),
+                    Err(_) => {
+                        ready.abort();
+                        Err(NotReady(DeathCause::StartHung))
+                    }
+                }),
+            },
+        }
+    }
+
+    async fn ready(&mut self, link: R::Link) {
+        let Life::Starting { child, .. } = &self.life else { return };
+        let child = Arc::clone(child);
+        self.life = Life::Running { child: Arc::clone(&child) };
+        let incarnation = Incarnation { number: self.machine.incarnation(), reduced: self.machine.is_reduced() };
+        if *self.machine.state() != State::Starting {
+            // It was told to end meanwhile.
+            return;
+        }
+        info!(incarnation = incarnation.number, pid = child.pid(), "Child is ready.");
+        self.step(Event::Ready).await;
+        self.tell(ChildEvent::Ready { incarnation, child, link });
+    }
+
+    async fn died(&mut self, exit: Exit) {
+        let last_lines = self.life.child().map(|child| child.last_lines()).unwrap_or_default();
+        if let Life::Starting { ready, .. } = &self.life {
+            ready.abort();
+        }
+        self.life = Life::None;
+        let by_exit = DeathCause::Exit(exit.cause);
+        let cause = self.machine.cause_of_death(by_exit.clone());
+        let incarnation = self.machine.incarnation();
+        if cause == DeathCause::Requested {
+            info!(incarnation, exit = %exit.cause, killed = exit.killed, "Child has ended.");
+        } else {
+            warn!(incarnation, %cause, exit = %exit.cause, killed = exit.killed, "Child died.");
+        }
+        self.tell(ChildEvent::Died { incarnation, cause, exit: Some(exit), last_lines });
+        self.step(Event::Gone(by_exit)).await;
+    }
+
+    /// Takes an event and does what follows from it.
+    async fn step(&mut self, event: Event) {
+        let mut next = Some(event);
+        while let Some(event) = next.take() {
+            let before = self.machine.state().clone();
+            let command = self.machine.on(event, Instant::now().into_std(), self.chance.next());
+            let state = self.machine.state().clone();
+            if state != before {
+                self.publish.send_replace(state.clone());
+                if !state.is_alive() {
+                    self.life = Life::None;
+                }
+                match &state {
+                    State::GaveUp(reason) => {
+                        error!(%reason, "Gave up a child.");
+                        self.tell(ChildEvent::GaveUp(reason.clone()));
+                    }
+                    State::Dead => self.tell(ChildEvent::Stopped),
+                    _ => {}
+                }
+            }
+            match command {
+                Some(Command::Spawn { incarnation: number, reduced }) => {
+                    next = self.spawn(Incarnation { number, reduced }).await;
+                }
+                Some(Command::Drain) => self.tell(ChildEvent::Draining { incarnation: self.machine.incarnation() }),
+                Some(Command::Stop) => self.stop(),
+                Some(Command::Wait { delay }) => {
+                    self.life = Life::Delay { until: Instant::now() + delay };
+                    self.tell(ChildEvent::Backoff { delay });
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Starts a process, or gives the event of a start that failed.
+    async fn spawn(&mut self, incarnation: Incarnation) -> Option<Event> {
+        let started = match self.role.spec(incarnation) {
+            Ok(spec) => child::spawn(spec).await.map_err(|error| chain(&error)),
+            Err(error) => Err(chain(&*error)),
+        };
+        match started {
+            Ok(child) => {
+                let child = Arc::new(child);
+                info!(incarnation = incarnation.number, pid = child.pid(), "Child was started.");
+                self.tell(ChildEvent::Started { incarnation, pid: child.pid() });
+                let ready = tokio::spawn(self.role.ready(Arc::clone(&child), incarnation).in_current_span());
+                self.life = Life::Starting { child, ready, deadline: Instant::now() + self.policy.start_limit };
+                None
+            }
+            Err(detail) => {
+                self.life = Life::None;
+                let cause = DeathCause::NotSpawned { detail };
+                warn!(incarnation = incarnation.number, %cause, "Child could not be started.");
+                let number = incarnation.number;
+                let died =
+                    ChildEvent::Died { incarnation: number, cause: cause.clone(), exit: None, last_lines: vec![] };
+                self.tell(died);
+                Some(Event::Gone(cause))
+            }
+        }
+    }
+
+    fn stop(&mut self) {
+        if let Life::Starting { child, ready, .. } = &self.life {
+            ready.abort();
+            let child = Arc::clone(child);
+            self.life = Life::Running { child };
+        }
+        let Some(child) = self.life.child().map(Arc::clone) else { return };
+        let plan = self.policy.stop.clone();
+        let ending = async move {
+            if let Err(error) = child.stop(&plan).await {
+                error!(%error, "Child cannot be ended.");
+            }
+        };
+        // Its end is seen by the wait for its exit.
+        drop(tokio::spawn(ending.in_current_span()));
+    }
+
+    fn tell(&self, event: ChildEvent<R::Link>) {
+        // Whoever does not listen need not know.
+        drop(self.events.send(event));
+    }
+}
+
+/// A child that dies in its handshake is seen by the handshake first; its exit says more.
+async fn prefer_exit(child: &Child, not_ready: NotReady) -> NotReady {
+    /// A process that hung up is gone within this, unless it lives on.
+    const MOMENT: Duration = Duration::from_millis(500);
+    if matches!(not_ready.0, DeathCause::VersionMismatch { .. }) {
+        return not_ready;
+    }
+    match tokio::time::timeout(MOMENT, child.wait()).await {
+        Ok(exit) => NotReady(DeathCause::Exit(exit.cause)),
+        Err(_) => not_ready,
+    }
+}
+
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// Chance for the jitter of delays; nothing depends on its quality.
+struct Chance {
+    state: RandomState,
+    count: u64,
+}
+
+impl Chance {
+    fn new() -> Self {
+        Self { state: RandomState::new(), count: 0 }
+    }
+
+    /// In `0.0..1.0`.
+    fn next(&mut self) -> f64 {
+        self.count += 1;
+        let mut hasher = self.state.build_hasher();
+        hasher.write_u64(self.count);
+        // 32 bits fit an f64 exactly.
+        let bits = u32::try_from(hasher.finish() >> 32).unwrap_or(0);
+        f64::from(bits) / (f64::from(u32::MAX) + 1.0)
+    }
+}
+
+impl fmt::Debug for Chance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chance").field("count", &self.count).finish_non_exhaustive()
+    }
+}
