@@ -50,9 +50,9 @@ fn hash_and_sign_window(bencher: Bencher) {
     let rollouts = rollouts();
     let keypair = Keypair::from_uri("//Alice").expect("a development key");
     let block_hash = BlockHash(format!("0x{}", "5a".repeat(32)));
-    bencher.counter(ItemsCount::new(rollouts.len())).bench(|| {
-        rollouts.par_iter().map(|rollout| sign(rollout, &keypair, &block_hash)).collect::<Vec<_>>()
-    });
+    bencher
+        .counter(ItemsCount::new(rollouts.len()))
+        .bench(|| rollouts.par_iter().map(|rollout| sign(rollout, &keypair, &block_hash)).collect::<Vec<_>>());
 }
 
 #[divan::bench(sample_count = 10)]

@@ -76,8 +76,7 @@ pub fn parse_commitments(text: &str) -> Option<Vec<u32>> {
     if elements.is_empty() {
         return Some(Vec::new());
     }
-    let (open, separator) =
-        if elements.starts_with(OPEN_SPACED) { (OPEN_SPACED, ", ") } else { (OPEN_COMPACT, ",") };
+    let (open, separator) = if elements.starts_with(OPEN_SPACED) { (OPEN_SPACED, ", ") } else { (OPEN_COMPACT, ",") };
     let mut sketches = Vec::with_capacity(elements.len() / (OPEN_COMPACT.len() + 2));
     let mut rest = elements.as_bytes();
     loop {

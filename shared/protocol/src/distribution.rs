@@ -205,7 +205,7 @@ mod tests {
         assert!(assess(&good).passes());
         assert!(!assess(&good[..29]).passes() && assess(&good[..30]).passes());
 
-        assert_eq!(reasons(&[0.3; 100]), SuspicionReasons { median_low: true, ..Default::default() });
+        assert_eq!(reasons(&[0.29; 100]), SuspicionReasons { median_low: true, ..Default::default() });
         let mut rare = good;
         rare[99] = 1e-6;
         assert_eq!(reasons(&rare), SuspicionReasons { min_low: true, ..Default::default() });

@@ -6,6 +6,8 @@
 
 mod number;
 mod parse;
+#[cfg(test)]
+mod tests;
 mod text;
 mod write;
 

@@ -164,10 +164,7 @@ mod tests {
     fn debug_shows_the_address_and_no_secret() {
         let keypair = Keypair::from_seed(&[0x11; 32]);
         let shown = format!("{keypair:?}");
-        assert_eq!(
-            shown,
-            "Keypair { hotkey: Hotkey(\"5DtDLm5rQHShDqojQpsvcN8tRXHVFaecfDoRet1SU6BFD9Fi\"), .. }"
-        );
+        assert_eq!(shown, "Keypair { hotkey: Hotkey(\"5DtDLm5rQHShDqojQpsvcN8tRXHVFaecfDoRet1SU6BFD9Fi\"), .. }");
     }
 
     #[test]

@@ -7,8 +7,7 @@ pub fn python_sum(numbers: impl IntoIterator<Item = f64>) -> f64 {
     let mut compensation = 0.0_f64;
     for number in numbers {
         let next = sum + number;
-        compensation +=
-            if sum.abs() >= number.abs() { (sum - next) + number } else { (number - next) + sum };
+        compensation += if sum.abs() >= number.abs() { (sum - next) + number } else { (number - next) + sum };
         sum = next;
     }
     if compensation != 0.0 && compensation.is_finite() { sum + compensation } else { sum }

@@ -1,8 +1,6 @@
 //! Which groups of a file a validator checks (§3 of the validator's rules).
 
-use crate::constants::{
-    MAX_SAMPLES_PER_MINER, MAX_SAMPLES_PER_MINER_THRESHOLD, ROLLOUTS_PER_PROBLEM, SAMPLE_RATE,
-};
+use crate::constants::{MAX_SAMPLES_PER_MINER, MAX_SAMPLES_PER_MINER_THRESHOLD, ROLLOUTS_PER_PROBLEM, SAMPLE_RATE};
 use crate::hash::{Digest, sha256};
 use crate::ids::Hotkey;
 use crate::json::{Style, Value};

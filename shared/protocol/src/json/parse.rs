@@ -4,8 +4,8 @@ use num_bigint::BigInt;
 
 use super::{Object, Text, Value};
 
-/// Nesting at which parsing stops. CPython 3.12 raises `RecursionError` at about this depth; the bound also keeps the recursive
-/// writer and destructor within any thread's stack.
+/// Nesting at which parsing stops. CPython has such a bound, too: it raises `RecursionError` at a depth that depends on its version
+/// and on the caller. This one keeps the recursive writer and destructor within any thread's stack.
 pub const MAX_DEPTH: usize = 1_500;
 
 /// Digits at which `int()` refuses a text (`sys.int_info.default_max_str_digits`).
@@ -103,6 +103,9 @@ impl Parser<'_> {
 
     /// Reads one scalar or empty container, or opens a container (`None`) and stops before its first value.
     fn scalar_or_open(&mut self, open: &mut Vec<Open>) -> Result<Option<Value>, ParseError> {
+        if open.len() == MAX_DEPTH && matches!(self.peek(), Some(b'[' | b'{')) {
+            return Err(self.error(ParseErrorKind::TooDeep));
+        }
         let container = match self.peek() {
             Some(b'"') => return self.string().map(|text| Some(Value::String(text))),
             Some(b'[') => {
@@ -124,9 +127,6 @@ impl Parser<'_> {
             Some(b'-' | b'0'..=b'9') => return self.number().map(Some),
             _ => return self.literal().map(Some),
         };
-        if open.len() >= MAX_DEPTH {
-            return Err(self.error(ParseErrorKind::TooDeep));
-        }
         open.push(container);
         Ok(None)
     }

@@ -99,7 +99,8 @@ impl fmt::Debug for Text {
     }
 }
 
-/// Appends `text` as `json.dumps` does with `ensure_ascii`: quoted, everything outside ASCII as `\uXXXX`.
+/// Appends `text` as `json.dumps` does with `ensure_ascii`: quoted, everything outside `" "..="~"` as `\uXXXX`, DEL
+/// included.
 pub fn push_escaped(out: &mut String, text: &str) {
     push_quoted(out, text.chars().map(u32::from));
 }
@@ -115,7 +116,7 @@ pub(super) fn push_quoted(out: &mut String, code_points: impl Iterator<Item = u3
             0x0A => out.push_str("\\n"),
             0x0D => out.push_str("\\r"),
             0x09 => out.push_str("\\t"),
-            0x20..=0x7F => out.extend(char::from_u32(point)),
+            0x20..=0x7E => out.extend(char::from_u32(point)),
             0x1_0000.. => {
                 let offset = point - 0x1_0000;
                 push_unit(out, 0xD800 | offset >> 10);

@@ -6,6 +6,7 @@ use grail_protocol::hash::token_hash;
 use grail_protocol::ids::TokenId;
 use grail_protocol::json::{Object, Value, parse};
 use grail_protocol::python_random::PythonRandom;
+use grail_protocol::randomness::clean_hex;
 use num_bigint::{BigInt, BigUint};
 use serde::Deserialize;
 
@@ -169,7 +170,7 @@ fn challenge_positions() {
     let mut ran = 0;
     for case in &file.cases {
         let tokens = case.tokens();
-        let randomness = hex::decode(&case.randomness).unwrap();
+        let randomness = clean_hex(&case.randomness).unwrap();
         let material = key(&token_hash(&tokens), &randomness);
         assert!(case.material.as_ref().is_none_or(|expected| *expected == hex::encode(material)));
         assert_eq!(positions_from_key(&material, case.start..case.end, case.k), case.indices);

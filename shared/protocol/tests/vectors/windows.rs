@@ -1,6 +1,8 @@
 //! Windows, nonces, randomness, seeds.
 
-use grail_protocol::ids::{BlockHash, BlockNumber, EnvironmentSeed, GroupIndex, Hotkey, Nonce, RolloutIndex, WindowStart};
+use grail_protocol::ids::{
+    BlockHash, BlockNumber, EnvironmentSeed, GroupIndex, Hotkey, Nonce, RolloutIndex, WindowStart,
+};
 use grail_protocol::nonce::challenge_text;
 use grail_protocol::randomness::{
     DRAND_CHAIN_HASH, DRAND_GENESIS_SECONDS, DRAND_PERIOD_SECONDS, MinerRandomness, drand_round_at, mix_challenge,
@@ -114,7 +116,10 @@ fn windows_nonces_and_randomness() {
         ran += 1;
     }
     let DrandChain { hash, genesis_time, period, description } = &file.drand_chain;
-    assert_eq!((hash.as_str(), *genesis_time, *period), (DRAND_CHAIN_HASH, DRAND_GENESIS_SECONDS, DRAND_PERIOD_SECONDS));
+    assert_eq!(
+        (hash.as_str(), *genesis_time, *period),
+        (DRAND_CHAIN_HASH, DRAND_GENESIS_SECONDS, DRAND_PERIOD_SECONDS)
+    );
     assert!(description.contains("3-second"));
     ran += 1;
     for case in &file.drand_rounds {
