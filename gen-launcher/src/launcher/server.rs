@@ -1,0 +1,364 @@
+//! One server: its start, its weights, its end.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use grail_ipc::messages::{ServerEpoch, ServerPhase, ServerSpec};
+use grail_process::{Child, Exit, Signal, StopPlan, StopTarget, Unkillable};
+use tokio::time::Instant;
+
+use super::client::{CallError, ServerClient};
+use super::command::{self, CommandError, PhaseSink, ServerCommand};
+use super::marks;
+use crate::folder::{CheckpointFolder, FolderError};
+
+/// How often a start is tried because another process took the port.
+const PORT_ATTEMPTS: usize = 5;
+/// First and longest pause between two looks at a starting server.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+/// What aborting everything may take before a stop goes on without it.
+const ABORT_LIMIT: Duration = Duration::from_secs(2);
+/// Graces of a stop.
+const TERMINATE_GRACE: Duration = Duration::from_secs(8);
+const QUIT_GRACE: Duration = Duration::from_secs(3);
+/// Limit of an update: this, and the time for the bytes from a slow disk.
+const LEAST_UPDATE_LIMIT: Duration = Duration::from_secs(60);
+const SLOW_DISK_BYTES_PER_SECOND: u64 = 50_000_000;
+/// Lines of a dead server that errors and messages carry.
+const TOLD_LINES: usize = 40;
+
+/// A server that does not run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    #[error("the checkpoint cannot be served")]
+    Folder(#[from] FolderError),
+    #[error("start the server")]
+    Spawn(#[from] grail_process::SpawnError),
+    #[error("set up the HTTP client")]
+    Client(#[from] reqwest::Error),
+    #[error("the server ended before it was ready: {cause}{}", told(last_lines))]
+    Exited { cause: String, last_lines: Vec<String> },
+    #[error("the server was not ready within {limit:?}: {missing}{}", told(last_lines))]
+    Deadline { limit: Duration, missing: String, last_lines: Vec<String> },
+    #[error("the server is ready, but not as asked")]
+    Unfit(#[source] CallError),
+}
+
+impl StartError {
+    /// Short fixed name, for the supervisor's counters.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Command(CommandError::Backend(_)) => "unsupported_backend",
+            Self::Command(_) => "bad_spec",
+            Self::Folder(_) => "bad_checkpoint",
+            Self::Spawn(_) | Self::Client(_) => "not_spawned",
+            Self::Exited { .. } => "exited",
+            Self::Deadline { .. } => "start_timeout",
+            Self::Unfit(_) => "unfit",
+        }
+    }
+
+    /// Whether the same start may succeed later.
+    #[must_use]
+    pub const fn is_worth_another_try(&self) -> bool {
+        !matches!(self, Self::Command(_) | Self::Folder(_))
+    }
+}
+
+fn told(last_lines: &[String]) -> String {
+    if last_lines.is_empty() {
+        return String::new();
+    }
+    let told = &last_lines[last_lines.len().saturating_sub(TOLD_LINES)..];
+    format!("; its last lines:\n{}", told.join("\n"))
+}
+
+/// A server that was not stopped as it should be.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StopError {
+    #[error(transparent)]
+    Unkillable(#[from] Unkillable),
+    #[error("processes of the server survive SIGKILL: {0:?}; they wait in the kernel for a device")]
+    Survivors(Vec<i32>),
+}
+
+/// Weights that a server did not take.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UpdateError {
+    /// The server is untouched and goes on with its weights.
+    #[error("the folder cannot be served; the present weights stay")]
+    Folder(#[from] FolderError),
+    /// There is no server any more.
+    #[error("the server did not take the weights ({reason}) and could not be stopped")]
+    Stop {
+        reason: String,
+        #[source]
+        source: StopError,
+    },
+    /// There is no server any more.
+    #[error("the server did not take the weights ({reason}) and could not be started on them")]
+    Restart {
+        reason: String,
+        #[source]
+        source: StartError,
+    },
+}
+
+impl UpdateError {
+    /// Short fixed name, for the supervisor's counters.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Folder(_) => "bad_checkpoint",
+            Self::Stop { .. } => "survivors",
+            Self::Restart { source, .. } => source.code(),
+        }
+    }
+}
+
+/// A server that answered a canary.
+#[derive(Debug)]
+pub struct Server {
+    child: Child,
+    client: ServerClient,
+    port: u16,
+    spec: ServerSpec,
+    folder: CheckpointFolder,
+    incarnation: u64,
+}
+
+impl Server {
+    /// Starts a server and waits until it is ready. Dropping the future kills what was started.
+    ///
+    /// # Errors
+    /// [`StartError`]; then nothing of it is left.
+    pub async fn start(spec: ServerSpec, incarnation: u64, phases: &PhaseSink) -> Result<Self, StartError> {
+        let folder = open(&spec.model_path).await?;
+        Self::start_on(spec, folder, incarnation, None, phases).await
+    }
+
+    async fn start_on(
+        spec: ServerSpec,
+        folder: CheckpointFolder,
+        incarnation: u64,
+        port: Option<u16>,
+        phases: &PhaseSink,
+    ) -> Result<Self, StartError> {
+        let mut attempt = 1;
+        loop {
+            match Self::try_start(&spec, &folder, port, phases).await {
+                Ok((child, client, port)) => return Ok(Self { child, client, port, spec, folder, incarnation }),
+                Err(StartError::Exited { cause, last_lines })
+                    if attempt < PORT_ATTEMPTS && marks::is_port_taken(&last_lines) =>
+                {
+                    tracing::warn!(attempt, cause, "Another process took the port; trying again.");
+                    attempt += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn try_start(
+        spec: &ServerSpec,
+        folder: &CheckpointFolder,
+        port: Option<u16>,
+        phases: &PhaseSink,
+    ) -> Result<(Child, ServerClient, u16), StartError> {
+        let ServerCommand { child, url, port, served_name, phases: seen } =
+            command::build(spec, folder, port, Arc::clone(phases))?;
+        let client = ServerClient::new(url)?;
+        let child = grail_process::spawn(child).await?;
+        phases(ServerPhase::Spawned, &format!("pid {} on port {port}", child.pid()));
+        let limit = Duration::from_secs(spec.start_timeout_s.max(1));
+        let ready = tokio::select! {
+            exit = child.wait() => {
+                Err(StartError::Exited { cause: exit.cause.to_string(), last_lines: child.last_lines() })
+            }
+            generates = until_it_generates(&client, limit) => generates.map_err(|error| StartError::Deadline {
+                limit,
+                missing: format!("last phase {:?}, {}", seen.last(), with_causes(&error)),
+                last_lines: child.last_lines(),
+            }),
+        };
+        let fit = match ready {
+            Ok(()) => {
+                phases(ServerPhase::WarmingUp, "the server generates; asking for a canary");
+                check(&client, spec, folder, &served_name).await.map_err(StartError::Unfit)
+            }
+            Err(error) => Err(error),
+        };
+        match fit {
+            Ok(()) => {
+                phases(ServerPhase::Ready, client.url());
+                Ok((child, client, port))
+            }
+            Err(error) => {
+                if let Err(error) = child.stop(&StopPlan::kill()).await {
+                    tracing::error!(%error, "A server that did not start cannot be ended.");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Where it answers.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        self.client.url()
+    }
+
+    /// Which process with which weights.
+    #[must_use]
+    pub fn epoch(&self) -> ServerEpoch {
+        ServerEpoch { incarnation: self.incarnation, weights: self.spec.weight_version.clone() }
+    }
+
+    /// Pid of its leader.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.child.pid()
+    }
+
+    /// Waits for its end; safe to cancel.
+    pub async fn wait(&self) -> Exit {
+        self.child.wait().await
+    }
+
+    /// The last lines of its log.
+    #[must_use]
+    pub fn last_lines(&self) -> Vec<String> {
+        let lines = self.child.last_lines();
+        lines[lines.len().saturating_sub(TOLD_LINES)..].to_vec()
+    }
+
+    /// Gives the server other weights: in place if it can take them, else by a new start on the same port under
+    /// `next_incarnation`. The folder is checked before the server is touched.
+    ///
+    /// # Errors
+    /// [`UpdateError`], and the server if it goes on unchanged.
+    pub async fn update(
+        self,
+        folder: &str,
+        label: &str,
+        next_incarnation: u64,
+        phases: &PhaseSink,
+    ) -> Result<Self, (UpdateError, Option<Box<Self>>)> {
+        let new = match open(folder).await {
+            Ok(new) => new,
+            Err(error) => return Err((error.into(), Some(Box::new(self)))),
+        };
+        let difference = match self.folder.difference(&new) {
+            Ok(difference) => difference,
+            Err(error) => return Err((error.into(), Some(Box::new(self)))),
+        };
+        phases(ServerPhase::Updating, folder);
+        let reason = match difference {
+            Some(difference) => difference.to_string(),
+            None => {
+                let updated = tokio::select! {
+                    exit = self.child.wait() => Err(format!("it died: {}", exit.cause)),
+                    updated = self.update_in_place(&new, folder, label) => {
+                        updated.map_err(|error| with_causes(&error))
+                    }
+                };
+                match updated {
+                    Ok(()) => {
+                        let spec =
+                            ServerSpec { model_path: folder.to_owned(), weight_version: label.to_owned(), ..self.spec };
+                        return Ok(Self { spec, folder: new, ..self });
+                    }
+                    Err(reason) => reason,
+                }
+            }
+        };
+        tracing::warn!(reason, folder, label, "The server does not take the weights; starting it anew on them.");
+        let spec = ServerSpec { model_path: folder.to_owned(), weight_version: label.to_owned(), ..self.spec.clone() };
+        let port = self.port;
+        if let Err(source) = self.stop().await {
+            return Err((UpdateError::Stop { reason, source }, None));
+        }
+        Self::start_on(spec, new, next_incarnation, Some(port), phases)
+            .await
+            .map_err(|source| (UpdateError::Restart { reason, source }, None))
+    }
+
+    /// Nothing runs, the weights change, the change is proven, then requests come in again.
+    async fn update_in_place(&self, new: &CheckpointFolder, folder: &str, label: &str) -> Result<(), CallError> {
+        self.client.pause().await?;
+        self.client.flush().await?;
+        let reading = Duration::from_secs(new.weight_bytes() / SLOW_DISK_BYTES_PER_SECOND);
+        self.client.update_weights(folder, label, LEAST_UPDATE_LIMIT + reading).await?;
+        self.client.expect_weights(folder, label).await?;
+        self.client.proceed().await?;
+        self.client.canary("grail-canary-update", label, vocab_size(new)).await
+    }
+
+    /// Stops it: abort what runs, SIGTERM and SIGQUIT to the leader, SIGKILL to all that belongs to it, and a look whether
+    /// anything is left.
+    ///
+    /// # Errors
+    /// [`StopError`]
+    pub async fn stop(self) -> Result<Exit, StopError> {
+        if self.child.exit().is_none()
+            && let Err(error) = tokio::time::timeout(ABORT_LIMIT, self.client.abort_all()).await.unwrap_or(Ok(()))
+        {
+            tracing::debug!(%error, "The server does not take an abort; stopping it all the same.");
+        }
+        let plan = StopPlan::terminate(TERMINATE_GRACE).then(Signal::SIGQUIT, StopTarget::Leader, QUIT_GRACE);
+        let exit = self.child.stop(&plan).await?;
+        let survivors: Vec<i32> = exit.survivors.iter().copied().chain(self.child.members()).collect();
+        if survivors.is_empty() { Ok(exit) } else { Err(StopError::Survivors(survivors)) }
+    }
+}
+
+async fn open(folder: &str) -> Result<CheckpointFolder, FolderError> {
+    let path = Path::new(folder).to_owned();
+    let opened = tokio::task::spawn_blocking(move || CheckpointFolder::open(&path)).await;
+    opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+}
+
+/// Asks until the server says that it generates. An early end is the caller's to see.
+async fn until_it_generates(client: &ServerClient, limit: Duration) -> Result<(), CallError> {
+    let deadline = Instant::now() + limit;
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match client.health_generate().await {
+            Ok(()) => return Ok(()),
+            Err(error) if Instant::now() + pause >= deadline => return Err(error),
+            Err(_) => tokio::time::sleep(pause).await,
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// The right server, with the right weights, which really generates.
+async fn check(
+    client: &ServerClient,
+    spec: &ServerSpec,
+    folder: &CheckpointFolder,
+    served_name: &str,
+) -> Result<(), CallError> {
+    client.expect_served_name(served_name).await?;
+    client.expect_weights(&spec.model_path, &spec.weight_version).await?;
+    client.canary("grail-canary-start", &spec.weight_version, vocab_size(folder)).await
+}
+
+fn vocab_size(folder: &CheckpointFolder) -> usize {
+    // A configuration without it was refused by the server.
+    folder.count("vocab_size").unwrap_or_default()
+}
+
+/// An error and its sources in one line.
+pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
