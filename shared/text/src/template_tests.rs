@@ -175,8 +175,6 @@ fn source() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
-
     #[test]
     fn no_source_panics(source in prop_oneof![source(), any::<String>()]) {
         if let Ok(template) = ChatTemplate::with_budget(&source, &SpecialTokens::default(), 2_000) {

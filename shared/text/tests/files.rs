@@ -242,8 +242,6 @@ fn any_json() -> impl Strategy<Value = Value> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
-
     #[test]
     fn any_configuration_loads_or_errs(key in 0..12_usize, value in any_json()) {
         const KEYS: [&str; 12] = ["eos_token", "bos_token", "additional_special_tokens", "added_tokens_decoder", "chat_template", "tokenizer_class",
