@@ -9,7 +9,6 @@ const MIN_DEVIATION: f64 = 1e-8;
 
 /// Each reward less the mean, divided by the population standard deviation.
 #[must_use]
-#[expect(clippy::cast_precision_loss, reason = "a group is far smaller than 2^53")]
 pub fn advantages(rewards: &[f64]) -> Vec<f64> {
     let count = rewards.len() as f64;
     let mean = python_sum(rewards.iter().copied()) / count;

@@ -28,7 +28,6 @@ pub fn key(token_hash: &Digest, randomness: &[u8]) -> [u8; 32] {
 ///
 /// Below a tenth of the range they are sampled, else they are the first of a shuffle; both use the generator differently.
 #[must_use]
-#[expect(clippy::cast_precision_loss, reason = "the reference compares as floats; lengths are far below 2^53")]
 pub fn positions_from_key(key: &[u8; 32], range: Range<usize>, count: usize) -> Vec<usize> {
     let length = range.len();
     let count = count.min(length);

@@ -31,7 +31,6 @@ pub struct DistributionMetrics {
 
 /// Statistics of `probabilities`; all NaN for none.
 #[must_use]
-#[expect(clippy::cast_precision_loss, reason = "completions are far shorter than 2^53")]
 pub fn metrics(probabilities: &[f32]) -> DistributionMetrics {
     let values: Vec<f64> = probabilities.iter().map(|probability| f64::from(*probability)).collect();
     let count = values.len() as f64;
@@ -73,12 +72,7 @@ fn median(sorted: &[f64]) -> f64 {
 }
 
 /// The quantile by linear interpolation, in numpy's order of operations.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_precision_loss,
-    clippy::cast_sign_loss,
-    reason = "the place is floored and lies within the slice"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "the place is floored and lies within the slice")]
 fn quantile(sorted: &[f64], share: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
     let place = last as f64 * share;
@@ -100,7 +94,6 @@ fn bimodality(variance: f64, third: f64, fourth: f64) -> f64 {
 /// The four conditions, each of which fails the check.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(clippy::struct_excessive_bools, reason = "the reference reports these four by name")]
 pub struct SuspicionReasons {
     /// Median up to 0.30.
     pub median_low: bool,

@@ -64,7 +64,6 @@ impl TimeGate {
             if block <= last {
                 return;
             }
-            #[expect(clippy::cast_precision_loss, reason = "differences of block numbers are far below 2^53")]
             let sample = at.saturating_sub(since).as_secs_f64() / (block.0 - last.0) as f64;
             self.block_seconds = MINER_EMA_ALPHA * sample + (1.0 - MINER_EMA_ALPHA) * self.block_seconds;
         }
@@ -95,7 +94,7 @@ impl TimeGate {
 
     /// Blocks that one more group with its upload and the safety margin need, `1..=29`.
     #[must_use]
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 1..=29 before")]
+    #[expect(clippy::cast_possible_truncation, reason = "clamped to 1..=29 before")]
     pub fn needed_blocks(&self) -> u64 {
         const MOST: f64 = (WINDOW_LENGTH - 1) as f64;
         let block = self.block_seconds;

@@ -44,7 +44,7 @@ pub fn token_hash_of(tokens: impl IntoIterator<Item = u32>) -> Digest {
 
 /// The lowest 32 bits of an id, as `id & 0xFFFFFFFF`.
 #[must_use]
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the lowest 32 bits are wanted")]
+#[expect(clippy::cast_possible_truncation, reason = "the lowest 32 bits are wanted")]
 pub const fn wrap_token(id: i64) -> u32 {
     id as u32
 }

@@ -50,7 +50,6 @@ pub fn python_fsum(numbers: impl IntoIterator<Item = f64>) -> f64 {
     {
         let doubled = low * 2.0;
         let rounded = high + doubled;
-        #[expect(clippy::float_cmp, reason = "exactness is what is tested")]
         if doubled == rounded - high {
             high = rounded;
         }

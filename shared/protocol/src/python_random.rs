@@ -148,13 +148,8 @@ impl PythonRandom {
 
     /// `choices(elements, k=count)`, with repetition; `None` if there are no elements but some are wanted.
     pub fn choices<'a, T>(&mut self, elements: &'a [T], count: usize) -> Option<Vec<&'a T>> {
-        #[expect(clippy::cast_precision_loss, reason = "Python converts the length to a float, too")]
         let len = elements.len() as f64;
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "the product lies in [0, len) and is floored on purpose"
-        )]
+        #[expect(clippy::cast_possible_truncation, reason = "the product lies in [0, len) and is floored on purpose")]
         (0..count).map(|_| elements.get((self.random() * len) as usize)).collect()
     }
 

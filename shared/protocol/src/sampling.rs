@@ -14,15 +14,10 @@ pub const fn checks_every_row(rows: usize) -> bool {
 
 /// Number of groups checked of the `groups` that a file holds: a tenth, at least one, at most four.
 #[must_use]
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_precision_loss,
-    clippy::cast_sign_loss,
-    reason = "the reference truncates the same product"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "the reference truncates the same product")]
 pub fn sampled_group_count(groups: usize) -> usize {
     let share = (groups as f64 * SAMPLE_RATE) as usize;
-    share.min(groups).max(1).min(MAX_SAMPLES_PER_MINER / ROLLOUTS_PER_PROBLEM)
+    share.min(groups).clamp(1, MAX_SAMPLES_PER_MINER / ROLLOUTS_PER_PROBLEM)
 }
 
 /// SHA-256 of the compact JSON, keys sorted, of one commit as it was read from the file.

@@ -12,15 +12,10 @@ use crate::python_math::python_fsum;
 
 /// Number of miners checked of the `eligible` ones.
 #[must_use]
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_precision_loss,
-    clippy::cast_sign_loss,
-    reason = "a quarter of a small count, rounded up"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "a quarter of a small count, rounded up")]
 pub fn miner_sample_size(eligible: usize) -> usize {
     let share = (eligible as f64 * MINER_SAMPLE_RATE).ceil() as usize;
-    share.max(MINER_SAMPLE_MIN).min(MINER_SAMPLE_MAX).min(eligible)
+    share.clamp(MINER_SAMPLE_MIN, MINER_SAMPLE_MAX).min(eligible)
 }
 
 /// The miners checked in a window: those selected least often lately, among these by a hash of window and hotkey.
@@ -45,7 +40,6 @@ pub fn select_miners(
 /// Share of equal completions between two miners: the common ones, counted with repetition, over the rows of the smaller file.
 /// 0 if one has no rows.
 #[must_use]
-#[expect(clippy::cast_precision_loss, reason = "counts of rows are far below 2^53")]
 pub fn copycat_ratio(left: &HashMap<Digest, u64>, right: &HashMap<Digest, u64>) -> f64 {
     let shared: u64 = left.iter().map(|(digest, count)| (*count).min(right.get(digest).copied().unwrap_or(0))).sum();
     let rows = left.values().sum::<u64>().min(right.values().sum());
@@ -74,7 +68,6 @@ pub struct MinerRecord<'a> {
 
 impl MinerRecord<'_> {
     /// Fourth power of the share of the cap that the miner reached over the last 12 windows up to `target`.
-    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
     fn cap_share(&self, target: WindowStart) -> f64 {
         const CAP: f64 = (UNIQUE_ROLLOUTS_CAP * WEIGHT_ROLLING_WINDOWS) as f64;
         let first = target.block().0.saturating_sub((WEIGHT_ROLLING_WINDOWS - 1) * WINDOW_LENGTH);

@@ -218,12 +218,7 @@ pub fn sketch_rows_bf16(hidden: &[bf16], width: usize, coefficients: &SketchCoef
 ///
 /// This is no test of correctness: an unrelated sketch is usually within it.
 #[must_use]
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_precision_loss,
-    clippy::cast_sign_loss,
-    reason = "a positive number is floored; positions are far below 2^53"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "a positive number is floored; positions are far below 2^53")]
 pub fn tolerance(position: usize) -> u64 {
     (PROOF_SKETCH_TOLERANCE_BASE as f64 + PROOF_SKETCH_TOLERANCE_GROWTH * (position as f64).sqrt()) as u64
 }

@@ -8,23 +8,27 @@ const DIGIT_PAIRS: &[u8; 200] = b"0001020304050607080910111213141516171819\
 6061626364656667686970717273747576777879\
 8081828384858687888990919293949596979899";
 
+/// Both digits of a number below 100.
+#[expect(clippy::cast_possible_truncation, reason = "below 100")]
+fn digit_pair(number: u64) -> &'static [u8; 2] {
+    &DIGIT_PAIRS.as_chunks().0[number as usize]
+}
+
 /// Appends `number` in decimal. Commitments and token lists are hashed as text, so this is on the hot path of signing.
 pub fn push_decimal(out: &mut String, mut number: u64) {
     let mut buffer = [0_u8; 20];
     let mut start = buffer.len();
     while number >= 100 {
-        let pair = usize::from((number % 100) as u8) * 2;
+        start -= 2;
+        buffer[start..start + 2].copy_from_slice(digit_pair(number % 100));
         number /= 100;
-        start -= 2;
-        buffer[start..start + 2].copy_from_slice(&DIGIT_PAIRS[pair..pair + 2]);
     }
+    let [tens, ones] = *digit_pair(number);
+    start -= 1;
+    buffer[start] = ones;
     if number >= 10 {
-        let pair = usize::from(number as u8) * 2;
-        start -= 2;
-        buffer[start..start + 2].copy_from_slice(&DIGIT_PAIRS[pair..pair + 2]);
-    } else {
         start -= 1;
-        buffer[start] = b'0' + number as u8;
+        buffer[start] = tens;
     }
     out.push_str(std::str::from_utf8(&buffer[start..]).expect("decimal digits are ASCII"));
 }
