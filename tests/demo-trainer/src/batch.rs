@@ -35,9 +35,8 @@ impl Batch {
     /// # Errors
     /// If a prompt or a completion is empty.
     pub fn new(prefix: &[TokenId], examples: &[Example<'_>]) -> anyhow::Result<Self> {
-        let length = |example: &Example<'_>| {
-            example.prompt.len() + example.completions.iter().map(Vec::len).sum::<usize>()
-        };
+        let length =
+            |example: &Example<'_>| example.prompt.len() + example.completions.iter().map(Vec::len).sum::<usize>();
         let width = examples.iter().map(length).max().context("a batch needs an example")?;
         let size = examples.len() * width;
         let mut batch = Self {
@@ -104,9 +103,9 @@ impl Batch {
 pub fn common_prefix(prompts: &[Vec<TokenId>]) -> &[TokenId] {
     let Some((first, rest)) = prompts.split_first() else { return &[] };
     let longest = prompts.iter().map(Vec::len).min().unwrap_or_default().saturating_sub(1);
-    let shared = rest.iter().fold(longest, |shared, prompt| {
-        first.iter().zip(prompt).take(shared).take_while(|(a, b)| a == b).count()
-    });
+    let shared = rest
+        .iter()
+        .fold(longest, |shared, prompt| first.iter().zip(prompt).take(shared).take_while(|(a, b)| a == b).count());
     &first[..shared]
 }
 

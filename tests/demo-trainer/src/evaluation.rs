@@ -61,8 +61,7 @@ pub struct Criteria {
 }
 
 /// What the demo promises.
-pub const CRITERIA: Criteria =
-    Criteria { mixed_groups: 0.75, natural_eos: 0.90, long_enough: 1.0, distribution: 0.90 };
+pub const CRITERIA: Criteria = Criteria { mixed_groups: 0.75, natural_eos: 0.90, long_enough: 1.0, distribution: 0.90 };
 
 impl Shares {
     /// Names of the criteria that are missed, with both numbers.
@@ -117,9 +116,10 @@ pub fn equal_logprobs(folder: &Path, window: &Window) -> anyhow::Result<f64> {
     let eos = tokenizer.eos_token_id().context("the tokenizer names no end token")?;
     let model = ProofModel::load(folder, &LoadOptions::on(Device::Cpu))?;
     let outputs = verify(&model, &window.rows, eos)?;
-    let differences = outputs.iter().zip(&window.logprobs).flat_map(|(output, claimed)| {
-        output.logprobs.iter().zip(claimed).map(|(own, claimed)| (own - claimed).abs())
-    });
+    let differences = outputs
+        .iter()
+        .zip(&window.logprobs)
+        .flat_map(|(output, claimed)| output.logprobs.iter().zip(claimed).map(|(own, claimed)| (own - claimed).abs()));
     let (equal, all) =
         differences.fold((0, 0), |(equal, all), by| (equal + usize::from(by <= EQUAL_LOGPROBS), all + 1));
     Ok(share(equal, all))
@@ -247,9 +247,6 @@ mod tests {
         };
         assert_eq!(good.misses(&CRITERIA), Vec::<String>::new());
         let bad = Shares { mixed_groups: 0.5, distribution: f64::NAN, ..good };
-        assert_eq!(
-            bad.misses(&CRITERIA)[0],
-            "groups with 1 to 15 right answers: 0.500, at least 0.75 is wanted"
-        );
+        assert_eq!(bad.misses(&CRITERIA)[0], "groups with 1 to 15 right answers: 0.500, at least 0.75 is wanted");
     }
 }

@@ -224,8 +224,7 @@ mod tests {
             .into_iter()
             .map(|lengths| lengths.into_iter().map(|count| random_tokens(&mut rng, count)).collect())
             .collect();
-        let whole: Vec<Vec<TokenId>> =
-            prompts.iter().map(|prompt| [prefix.as_slice(), prompt].concat()).collect();
+        let whole: Vec<Vec<TokenId>> = prompts.iter().map(|prompt| [prefix.as_slice(), prompt].concat()).collect();
         let groups: Vec<TrainingGroup<'_>> = whole
             .iter()
             .zip(&completions)

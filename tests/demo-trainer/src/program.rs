@@ -156,9 +156,8 @@ fn judge(cli: &Cli, first: &Path, second: &Path) -> anyhow::Result<Outcome> {
     let (Some(early), Some(late)) = (windows.next(), windows.next()) else {
         anyhow::bail!("two windows are needed to judge two checkpoints");
     };
-    let of = |window: WindowStart| -> anyhow::Result<Vec<Source>> {
-        tasks::window_sources(&cli.seed, window, cli.groups)
-    };
+    let of =
+        |window: WindowStart| -> anyhow::Result<Vec<Source>> { tasks::window_sources(&cli.seed, window, cli.groups) };
     let mut missed = Vec::new();
     let seed = seed_number(&cli.seed);
     let mut shares_of = |name: &str, folder: &Path, window: WindowStart| {

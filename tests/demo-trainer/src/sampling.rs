@@ -43,12 +43,7 @@ pub fn groups(
     prompts.iter().map(|prompt| group(&mut decoder, prompt, eos, &mut rng)).collect()
 }
 
-fn group(
-    decoder: &mut Decoder,
-    prompt: &[TokenId],
-    eos: TokenId,
-    rng: &mut Rng,
-) -> anyhow::Result<Vec<Vec<TokenId>>> {
+fn group(decoder: &mut Decoder, prompt: &[TokenId], eos: TokenId, rng: &mut Rng) -> anyhow::Result<Vec<Vec<TokenId>>> {
     let slots = decoder.slots();
     (0..slots).for_each(|slot| decoder.release(slot));
     let first = decoder.prefill(0, prompt)?;

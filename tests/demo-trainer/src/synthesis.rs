@@ -106,8 +106,7 @@ fn forgets_last(worked: &Worked, rng: &mut Rng) -> bool {
 /// A wrong answer close to the right one: off by a little, doubled or halved.
 fn near_miss(answer: &str, rng: &mut Rng) -> String {
     let right: i64 = answer.parse().unwrap_or_default();
-    let mut candidates: Vec<i64> =
-        [1, -1, 2, -2, 10, -10].into_iter().filter_map(|by| right.checked_add(by)).collect();
+    let mut candidates: Vec<i64> = [1, -1, 2, -2, 10, -10].into_iter().filter_map(|by| right.checked_add(by)).collect();
     candidates.extend(right.checked_mul(2));
     candidates.extend((right % 2 == 0).then_some(right / 2));
     candidates.retain(|wrong| *wrong != right && (*wrong >= 0 || right < 0));
@@ -129,8 +128,15 @@ fn assemble(steps: &[(&str, String)], answer: &str, rng: &mut Rng) -> String {
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
+    use std::path::Path;
+
+    use grail_environments::{Payload, ThinkingMode, gsm8k};
+    use grail_protocol::constants::CHALLENGE_K;
+    use grail_text::Tokenizer;
 
     use super::*;
+    use crate::sampling::GENERATION;
+    use crate::tasks;
 
     const SOLUTION: &str = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72 clips \
                             altogether in April and May.\n#### 72";
@@ -169,8 +175,7 @@ mod tests {
         assert!(made.iter().all(|completion| (completion.answer == "72") == completion.is_right));
         let early = made.iter().filter(|completion| completion.answer == "24").count();
         assert!(early.abs_diff(315) < 100, "{early}");
-        let wrong: HashSet<&str> =
-            made.iter().filter(|made| !made.is_right).map(|made| made.answer.as_str()).collect();
+        let wrong: HashSet<&str> = made.iter().filter(|made| !made.is_right).map(|made| made.answer.as_str()).collect();
         assert_eq!(wrong, HashSet::from(["24", "71", "73", "70", "74", "62", "82", "144", "36"]));
     }
 
@@ -190,6 +195,25 @@ mod tests {
         let texts: HashSet<String> = (0..2_000).map(|_| completion(&worked(), 0.5, &mut rng).text).collect();
         // 8^6 wordings: about eight of two million pairs agree.
         assert!(texts.len() > 1_950, "{}", texts.len());
+    }
+
+    /// Every task's completions are long enough for a proof, short enough for the demo, and read as the environment reads
+    /// them.
+    #[test]
+    fn completions_of_every_task_are_well_formed() {
+        let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/demo/first");
+        let tokenizer = Tokenizer::from_dir(&shipped).unwrap();
+        let mut rng = Rng::new(5, 1);
+        for source in tasks::split_sources().unwrap() {
+            let Completion { text, answer, is_right } = completion(&source.worked, 0.5, &mut rng);
+            let tokens = tokenizer.encode(&text).unwrap().len() + 1;
+            assert!((CHALLENGE_K..=GENERATION.max_tokens).contains(&tokens), "{tokens} tokens: {text}");
+            let Payload::Gsm8k { answer: solution } = &source.task.payload;
+            let verdict = gsm8k::evaluate(solution, &text, ThinkingMode::Instructed);
+            assert_eq!(verdict.predicted_answer, answer, "{text}");
+            let can_be_right = !gsm8k::gold_answer(solution).contains(',');
+            assert_eq!(verdict.success, is_right && can_be_right, "{}: {text}", source.task.id);
+        }
     }
 
     #[test]

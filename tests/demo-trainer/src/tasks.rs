@@ -79,10 +79,7 @@ pub fn prompts(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
 ) -> anyhow::Result<Vec<Vec<TokenId>>> {
-    sources
-        .iter()
-        .map(|source| Ok(prompt_ids(&source.task, ThinkingMode::Instructed, tokenizer, template)?))
-        .collect()
+    sources.iter().map(|source| Ok(prompt_ids(&source.task, ThinkingMode::Instructed, tokenizer, template)?)).collect()
 }
 
 #[cfg(test)]

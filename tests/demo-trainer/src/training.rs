@@ -207,7 +207,12 @@ impl<'a> Progress<'a> {
 
 #[cfg(test)]
 mod tests {
+    use grail_model::Device;
+    use grail_text::ChatTemplate;
+
     use super::*;
+    use crate::folder::Shape;
+    use crate::{tasks, vocabulary};
 
     fn phase(steps: usize) -> Phase {
         Phase {
@@ -248,4 +253,27 @@ mod tests {
         assert_eq!(order, phase(25).order(&lengths));
     }
 
+    /// A short run over two tasks: the loss falls, and the same run gives the same loss again.
+    #[test]
+    fn a_tiny_model_learns() {
+        let sources = tasks::split_sources().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        vocabulary::write(folder.path(), &sources[..600], 1).unwrap();
+        let tokenizer = Tokenizer::from_dir(folder.path()).unwrap();
+        let template = ChatTemplate::from_dir(folder.path()).unwrap();
+        let prompts = tasks::prompts(&sources[..2], &tokenizer, &template).unwrap();
+        let eos = tokenizer.eos_token_id().unwrap();
+        let lessons = Lessons { sources: &sources[..2], prompts: &prompts, tokenizer: &tokenizer, eos };
+        let run = |steps| {
+            let config = Shape::tiny(tokenizer.vocab_size()).config().unwrap();
+            let model = TrainableModel::random(config, Device::Cpu, 1).unwrap();
+            let mut optimizer = optimizer(&model).unwrap();
+            train(&model, &mut optimizer, lessons, &phase(steps), Kind::Float).unwrap()
+        };
+        // The mean over a run: a longer one is lower only if it falls.
+        let (short, long) = (run(2), run(12));
+        assert!(short > 7.0 && short < 8.0, "an untrained model knows nothing: ln 2048 is 7.6, found {short}");
+        assert!(long < short - 0.5, "{short} and then {long}");
+        assert!((run(2) - short).abs() < 1e-4);
+    }
 }

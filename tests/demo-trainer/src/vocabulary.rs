@@ -34,14 +34,14 @@ pub const EOS: &str = "<|im_end|>";
 /// Ids of the special tokens in the order in which they are trained.
 const SPECIAL: [&str; 3] = [PAD, MESSAGE_START, EOS];
 /// Qwen2's pattern; every digit is a token of its own.
-const PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const PATTERN: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// The plain ChatML template that trainers install for the instructed mode.
 const CHAT_TEMPLATE: &str = include_str!("../assets/chat_template.jinja");
 /// Synthetic completions of each task that the tokenizer is trained on.
 const COMPLETIONS_PER_TASK: usize = 2;
 
-type Trained =
-    TokenizerImpl<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
+type Trained = TokenizerImpl<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
 /// Trains a tokenizer on `sources` and writes its four files into `folder`.
 ///
