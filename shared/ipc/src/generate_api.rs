@@ -378,9 +378,7 @@ fn checked_tokens(expected: &Expected<'_>, response: &GenerateResponse) -> Resul
         })
         .collect::<Result<Vec<_>, _>>()?;
     match tokens.iter().position(|token| *token == expected.eos_token) {
-        Some(position) if position + 1 < given => {
-            Err(BadResponse::AfterEos { position, behind: given - position - 1 })
-        }
+        Some(position) if position + 1 < given => Err(BadResponse::AfterEos { position, behind: given - position - 1 }),
         _ => Ok(tokens),
     }
 }
@@ -526,10 +524,7 @@ mod tests {
         }
         let mut other = good;
         other.meta_info.completion_tokens = 2;
-        assert_eq!(
-            validate_response(&expected(), &other),
-            Err(BadResponse::WrongCount { given: 3, counted: 2 })
-        );
+        assert_eq!(validate_response(&expected(), &other), Err(BadResponse::WrongCount { given: 3, counted: 2 }));
     }
 
     #[derive(Debug, Deserialize)]

@@ -221,7 +221,7 @@ pub struct VerifyJob {
 pub struct RowJob {
     /// Prompt and completion.
     pub tokens: Vec<TokenId>,
-    /// In `1..tokens.len()`.
+    /// In `0..tokens.len()`.
     pub prompt_length: u32,
     /// The row's own beacon as bytes.
     pub randomness: Vec<u8>,
@@ -284,7 +284,7 @@ impl VerifyJob {
             .map(|row| {
                 let tokens = tokens("tokens", &row.tokens)?;
                 let prompt = usize::try_from(row.prompt_length).unwrap_or(usize::MAX);
-                if prompt == 0 || prompt >= tokens.len() {
+                if prompt >= tokens.len() {
                     return Err(ShapeError::PromptLength { prompt_length: row.prompt_length, tokens: tokens.len() });
                 }
                 Ok(RowJob {

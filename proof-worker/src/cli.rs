@@ -1,0 +1,159 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use clap::{Args, Parser, Subcommand};
+use grail_model::{Device, Dtype};
+use grail_process::ExitCode;
+use grail_telemetry::{Format, Options};
+
+static EXIT_CODES: LazyLock<String> = LazyLock::new(ExitCode::table);
+
+const PROVE_FORMAT: &str = "\
+Input, one JSON object a line (blank lines are skipped):
+  prompt        token ids of the prompt
+  completions   list of token ids of each completion
+  randomness    64 hexadecimal digits: the randomness of the window
+  eos_token     id of the tokenizer's EOS
+
+Output, one JSON object for each input line, in order:
+  schema        1
+  line          number of the input line, from 1
+  weights_hash  hash of the weights that proved
+  completions   for each completion:
+    sketches           of all positions, the prompt's included
+    logprobs           of the completion tokens
+    eos_probability    of the EOS token in the row before the last token
+    token_hash         of prompt and completion
+    commitments_hash   of the sketches
+
+A line that is wrong ends the run with exit code 65; what was proved before it has been printed.
+
+Example:
+  echo '{\"prompt\":[1,2],\"completions\":[[3,4]],\"randomness\":\"00…ff\",\"eos_token\":4}' |
+    grail-proof-worker prove - --model DIR";
+
+const SERVE_NOTES: &str = "\
+Started by a supervisor, it gets --slot, --epoch and --token-fd, serves that one peer, and ends when the peer hangs up; the
+socket's folder must be private (mode 0700), and the path is unlinked once the peer is known.
+
+Standing alone, without --token-fd, it serves one peer after the other until it is stopped. Only peers of the same user are let in.";
+
+/// One process, one GPU, one model: proofs without wallet or network.
+#[derive(Debug, Parser)]
+#[command(name = "grail-proof-worker", version, about, after_help = EXIT_CODES.as_str(), max_term_width = 120)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+    /// Log more: -v debug, -vv trace (GRAIL_LOG takes filter directives and wins)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Shape of log lines on stderr: human or json
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "human")]
+    log_format: Format,
+}
+
+impl Arguments {
+    /// How to log.
+    #[must_use]
+    pub fn logging(&self) -> Options {
+        Options::from_environment(self.verbose, self.log_format)
+    }
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Prove and verify for a supervisor, over a local socket
+    #[command(after_help = SERVE_NOTES)]
+    Serve(ServeArguments),
+    /// Prove groups from a file and print the proofs
+    #[command(after_help = PROVE_FORMAT)]
+    Prove(ProveArguments),
+}
+
+/// Arguments of `serve`.
+#[derive(Debug, Clone, Args)]
+pub struct ServeArguments {
+    /// Path of the socket to listen on
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// Number of this worker's slot
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub slot: u32,
+    /// Incarnation of this worker in its slot
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub epoch: u64,
+    /// Inherited descriptor that holds the slot's token
+    #[arg(long, value_name = "FD")]
+    pub token_fd: Option<i32>,
+    #[command(flatten)]
+    pub model: ModelArguments,
+}
+
+/// Arguments of `prove`.
+#[derive(Debug, Clone, Args)]
+pub struct ProveArguments {
+    /// File of JSON lines, or - for standard input
+    #[arg(value_name = "FILE")]
+    pub input: PathBuf,
+    #[command(flatten)]
+    pub model: ModelArguments,
+}
+
+/// Which model, where and how.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArguments {
+    /// Folder of the checkpoint: config.json and safetensors
+    #[arg(long = "model", value_name = "DIR")]
+    pub folder: PathBuf,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
+    /// float32 (f32) or bfloat16 (bf16) [default: float32 on cpu, bfloat16 on cuda]
+    #[arg(long)]
+    pub dtype: Option<Dtype>,
+    /// Threads of one operation on the CPU [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn what_a_supervisor_passes_is_understood() {
+        let line = "grail-proof-worker serve --slot 1 --epoch 3 --token-fd 7 --socket /run/x.sock --model /m \
+                    --device cuda:0 --dtype bfloat16 --threads 2";
+        let arguments = Arguments::try_parse_from(line.split_ascii_whitespace()).unwrap();
+        let Command::Serve(serve) = arguments.command else { panic!("serve") };
+        assert_eq!((serve.slot, serve.epoch, serve.token_fd), (1, 3, Some(7)));
+        assert_eq!((serve.model.device, serve.model.dtype), (Device::Cuda(0), Some(Dtype::Bf16)));
+        assert_eq!(serve.model.threads, Some(2));
+    }
+
+    #[test]
+    fn wrong_values_are_refused_by_name() {
+        for (arguments, text) in [
+            ("prove - --model m --device tpu", "tpu"),
+            ("prove - --model m --dtype f8", "f8"),
+            ("prove - --model m --threads 0", "0"),
+            ("serve --model m", "--socket"),
+            ("profile", "profile"),
+        ] {
+            let line = std::iter::once("grail-proof-worker").chain(arguments.split_ascii_whitespace());
+            let error = Arguments::try_parse_from(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(text), "{error}");
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! One peer: takes its requests, answers signs of life at once and everything else when it is computed.
+
+use std::path::PathBuf;
+
+use grail_ipc::connection::{Connection, ConnectionError};
+use grail_ipc::jobs::{ProveJob, RowFacts, VerifyJob};
+use grail_ipc::messages::{Epoch, Failed, FromWorker, Pong, Reloaded, RequestId, Severity, ToWorker, Verified};
+use tokio::sync::mpsc;
+use tracing::{debug, info};
+
+use crate::compute::{Compute, Outcome, Outcomes};
+use crate::error::WorkerError;
+use crate::prover::ComputeError;
+
+/// The most requests that are open at once; a supervisor keeps two.
+pub(crate) const MOST_OPEN: usize = 64;
+
+/// How a session ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum SessionEnd {
+    /// The peer hung up.
+    HungUp,
+    /// The peer said so.
+    Shutdown,
+}
+
+/// Serves the peer until it hangs up, says so, or the worker cannot go on.
+///
+/// # Errors
+/// [`WorkerError::Connection`] for nonsense from the peer, [`WorkerError::Poisoned`] and [`WorkerError::Bug`] for a worker that
+/// must be replaced; its answers have been sent then.
+pub(crate) async fn serve_peer(
+    connection: Connection<FromWorker, ToWorker>,
+    compute: &Compute,
+    epoch: Epoch,
+) -> Result<SessionEnd, WorkerError> {
+    let (outcomes, mut inbox) = mpsc::unbounded_channel();
+    let mut session = Session { connection, compute, epoch, outcomes, open: 0, is_reloading: false, draining: None };
+    loop {
+        let Connection { reader, writer } = &mut session.connection;
+        tokio::select! {
+            written = writer.flush(), if !writer.is_idle() => match written {
+                Err(ConnectionError::Write(error)) => {
+                    debug!(%error, "Peer hung up before it was answered.");
+                    return Ok(SessionEnd::HungUp);
+                }
+                other => other?,
+            },
+            message = reader.recv() => match message {
+                Ok(Some(ToWorker::Shutdown)) => {
+                    info!(open = session.open, "Told to shut down.");
+                    return Ok(SessionEnd::Shutdown);
+                }
+                Ok(Some(message)) => session.take(message)?,
+                Ok(None) => return Ok(SessionEnd::HungUp),
+                // A peer that was killed while it wrote is no better than one that hung up.
+                Err(ConnectionError::Truncated { .. }) => return Ok(SessionEnd::HungUp),
+                Err(error) => return Err(error.into()),
+            },
+            Some(outcome) = inbox.recv() => {
+                if let Some(end) = session.answer(outcome)? {
+                    session.connection.writer.flush().await?;
+                    return Err(end);
+                }
+            }
+        }
+    }
+}
+
+struct Session<'c> {
+    connection: Connection<FromWorker, ToWorker>,
+    compute: &'c Compute,
+    epoch: Epoch,
+    outcomes: Outcomes,
+    /// Requests accepted and not yet answered.
+    open: usize,
+    is_reloading: bool,
+    draining: Option<RequestId>,
+}
+
+impl Session<'_> {
+    fn take(&mut self, message: ToWorker) -> Result<(), WorkerError> {
+        match message {
+            ToWorker::Prove(request) => {
+                let accepted = self
+                    .accept(request.epoch)
+                    .and_then(|()| ProveJob::from_request(&request).map_err(|error| bad_request(&error)));
+                match accepted {
+                    Ok(job) => self.compute.prove(request.id, job, self.outcomes.clone())?,
+                    Err(error) => return self.refuse(request.id, &error),
+                }
+                self.open += 1;
+            }
+            ToWorker::Verify(request) => {
+                let accepted = self
+                    .accept(request.epoch)
+                    .and_then(|()| VerifyJob::from_request(&request).map_err(|error| bad_request(&error)));
+                match accepted {
+                    Ok(job) => self.compute.verify(request.id, job, self.outcomes.clone())?,
+                    Err(error) => return self.refuse(request.id, &error),
+                }
+                self.open += 1;
+            }
+            ToWorker::Reload(command) => {
+                if let Err(error) = self.accept_reload(command.epoch) {
+                    return self.refuse(command.id, &error);
+                }
+                info!(checkpoint = %command.checkpoint, weights = %command.weights, folder = command.folder, "Reloading.");
+                let folder = PathBuf::from(command.folder);
+                self.compute.reload(command.id, folder, command.weights, self.outcomes.clone())?;
+                self.is_reloading = true;
+                self.open += 1;
+            }
+            ToWorker::Ping { id } => {
+                let pong = self.pong(id);
+                self.send(&FromWorker::Pong(pong))?;
+            }
+            ToWorker::Drain { id } => {
+                self.draining = Some(id);
+                self.tell_if_drained()?;
+            }
+            ToWorker::Welcome(_) | ToWorker::Shutdown => {
+                debug!("Peer sent what has no meaning here.");
+            }
+        }
+        Ok(())
+    }
+
+    fn accept(&self, asked: Epoch) -> Result<(), ComputeError> {
+        if asked != self.epoch {
+            return Err(ComputeError::WrongEpoch { asked: asked.0, ours: self.epoch.0 });
+        }
+        if self.draining.is_some() {
+            return Err(ComputeError::Draining);
+        }
+        if self.open >= MOST_OPEN {
+            return Err(ComputeError::QueueFull { open: self.open, most: MOST_OPEN });
+        }
+        Ok(())
+    }
+
+    fn accept_reload(&self, asked: Epoch) -> Result<(), ComputeError> {
+        self.accept(asked)?;
+        if self.is_reloading {
+            return Err(ComputeError::Reload { detail: "another reload is under way".to_owned() });
+        }
+        Ok(())
+    }
+
+    /// Sends what became of a request; `Some` if the worker cannot go on.
+    fn answer(&mut self, outcome: Outcome) -> Result<Option<WorkerError>, WorkerError> {
+        self.open = self.open.saturating_sub(1);
+        let epoch = self.epoch;
+        let mut end = None;
+        match outcome {
+            Outcome::Proved { id, proof } => self.send(&FromWorker::Proved(proof.to_message(id, epoch)))?,
+            Outcome::Verified { id, weights, rows } => {
+                let rows = rows.iter().map(RowFacts::to_message).collect();
+                self.send(&FromWorker::Verified(Verified { id, epoch, weights, rows }))?;
+            }
+            Outcome::Reloaded { id, weights, stall } => {
+                self.is_reloading = false;
+                let stall_us = u64::try_from(stall.as_micros()).unwrap_or(u64::MAX);
+                self.send(&FromWorker::Reloaded(Reloaded { id, epoch, weights, stall_us }))?;
+            }
+            Outcome::Failed { id, error } => {
+                if matches!(error, ComputeError::Reload { .. }) {
+                    self.is_reloading = false;
+                }
+                self.refuse(id, &error)?;
+                if error.severity() == Severity::FatalForWorker {
+                    let detail = error.to_string();
+                    end = Some(match error {
+                        ComputeError::Poisoned { .. } => WorkerError::Poisoned { detail },
+                        _ => WorkerError::Bug { detail },
+                    });
+                }
+            }
+        }
+        self.tell_if_drained()?;
+        Ok(end)
+    }
+
+    fn refuse(&mut self, id: RequestId, error: &ComputeError) -> Result<(), WorkerError> {
+        let failed = Failed {
+            id,
+            epoch: self.epoch,
+            severity: error.severity(),
+            code: error.code().to_owned(),
+            detail: error.to_string(),
+        };
+        self.send(&FromWorker::Failed(failed))
+    }
+
+    fn tell_if_drained(&mut self) -> Result<(), WorkerError> {
+        match self.draining {
+            Some(id) if self.open == 0 => self.send(&FromWorker::Drained { id }),
+            _ => Ok(()),
+        }
+    }
+
+    fn pong(&self, id: RequestId) -> Pong {
+        let (groups, rollouts) = self.compute.proved();
+        Pong {
+            id,
+            epoch: self.epoch,
+            weights: self.compute.weights(),
+            queued: u32::try_from(self.open).unwrap_or(u32::MAX),
+            resident_bytes: resident_bytes().unwrap_or_default(),
+            groups,
+            rollouts,
+        }
+    }
+
+    fn send(&mut self, message: &FromWorker) -> Result<(), WorkerError> {
+        Ok(self.connection.writer.queue(message)?)
+    }
+}
+
+fn bad_request(error: &grail_ipc::jobs::ShapeError) -> ComputeError {
+    let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
+    ComputeError::BadRequest { detail: format!("{error}{source}") }
+}
+
+/// Second field of `/proc/self/statm`, in pages.
+fn resident_bytes() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
+    pages.checked_mul(u64::try_from(page).ok()?)
+}

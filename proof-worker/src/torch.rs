@@ -1,0 +1,132 @@
+//! The prover that computes with libtorch.
+
+use std::path::Path;
+
+use grail_ipc::jobs::{GroupProof, MemberProof, ProveJob, RowFacts, VerifyJob};
+use grail_model::{Device, Dtype, LoadOptions, ProofModel, ProveError, ProveInput, VerifyInput, gpu, set_threads};
+use grail_protocol::ids::WeightsHash;
+use grail_protocol::sketch::SketchCoeffs;
+use tokio::time::Instant;
+
+use crate::cli::ModelArguments;
+use crate::error::WorkerError;
+use crate::prover::{ComputeError, Loader, Prover};
+
+/// Loads checkpoints to one device in one precision.
+#[derive(Debug, Clone, Copy)]
+pub struct TorchLoader {
+    device: Device,
+    dtype: Option<Dtype>,
+}
+
+impl TorchLoader {
+    /// Sets up libtorch: threads, and the CUDA library if a GPU is wanted.
+    ///
+    /// # Errors
+    /// [`WorkerError::NoDevice`] if a GPU is wanted and cannot be had.
+    pub fn new(arguments: &ModelArguments) -> Result<Self, WorkerError> {
+        let available = || std::thread::available_parallelism().map_or(1, usize::from);
+        set_threads(arguments.threads.map_or_else(available, |threads| usize::try_from(threads).unwrap_or(1)));
+        if let Device::Cuda(index) = arguments.device {
+            let support = gpu::enable();
+            if index >= support.devices() {
+                let (device, support) = (arguments.device.to_string(), support.to_string());
+                return Err(WorkerError::NoDevice { device, support });
+            }
+        }
+        Ok(Self { device: arguments.device, dtype: arguments.dtype })
+    }
+}
+
+impl Loader for TorchLoader {
+    fn load(&self, folder: &Path) -> Result<Box<dyn Prover>, WorkerError> {
+        if !folder.is_dir() {
+            return Err(WorkerError::NoModel { folder: folder.to_owned() });
+        }
+        let options = LoadOptions { dtype: self.dtype, ..LoadOptions::on(self.device) };
+        let model = ProofModel::load(folder, &options)
+            .map_err(|source| WorkerError::Load { folder: folder.to_owned(), source })?;
+        Ok(Box::new(TorchProver { model }))
+    }
+}
+
+struct TorchProver {
+    model: ProofModel,
+}
+
+impl Prover for TorchProver {
+    fn weights(&self) -> WeightsHash {
+        self.model.weights_hash()
+    }
+
+    fn device(&self) -> String {
+        self.model.device().to_string()
+    }
+
+    fn prove(&self, job: &ProveJob) -> Result<GroupProof, ComputeError> {
+        let started = Instant::now();
+        let coefficients = SketchCoeffs::from_randomness(&job.randomness);
+        let input = ProveInput {
+            prompt: &job.prompt,
+            completions: job.completions.iter().map(Vec::as_slice).collect(),
+            coefficients: &coefficients,
+            eos_token: job.eos_token,
+        };
+        let output = self.model.prove(&input).map_err(refused)?;
+        let members = output
+            .completions
+            .into_iter()
+            .map(|proof| MemberProof {
+                sketches: proof.sketches,
+                logprobs: proof.logprobs,
+                eos_probability: proof.eos_probability,
+            })
+            .collect();
+        Ok(GroupProof {
+            group: job.group,
+            weights: self.weights(),
+            prompt_sketches: output.prompt_sketches,
+            members,
+            compute: started.elapsed(),
+        })
+    }
+
+    fn verify(&self, job: &VerifyJob) -> Result<Vec<RowFacts>, ComputeError> {
+        let coefficients: Vec<SketchCoeffs> =
+            job.rows.iter().map(|row| SketchCoeffs::from_randomness(&row.randomness)).collect();
+        let inputs: Vec<VerifyInput<'_>> = job
+            .rows
+            .iter()
+            .zip(&coefficients)
+            .map(|(row, coefficients)| VerifyInput {
+                tokens: &row.tokens,
+                prompt_length: usize::try_from(row.prompt_length).unwrap_or(usize::MAX),
+                coefficients,
+                temperature: row.temperature,
+                repetition_penalty: row.repetition_penalty,
+                eos_token: row.eos_token,
+            })
+            .collect();
+        let outputs = self.model.verify(&inputs).map_err(refused)?;
+        Ok(outputs
+            .into_iter()
+            .map(|output| RowFacts {
+                sketches: output.sketches,
+                logprobs: output.logprobs,
+                eos_probability: output.eos_probability,
+                chosen_probabilities: output.chosen_probabilities,
+            })
+            .collect())
+    }
+}
+
+fn refused(error: ProveError) -> ComputeError {
+    let detail = error.to_string();
+    match error {
+        ProveError::OutOfMemory { .. } => ComputeError::OutOfMemory { detail },
+        ProveError::Poisoned { .. } => ComputeError::Poisoned { detail },
+        ProveError::NonFinite { .. } => ComputeError::NonFinite { detail },
+        ProveError::BadRequest { .. } => ComputeError::BadRequest { detail },
+        _ => ComputeError::Library { detail },
+    }
+}
