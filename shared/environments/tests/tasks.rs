@@ -205,9 +205,9 @@ fn the_held_out_rows_are_the_references() {
 
 /// A folder with one file `name` of the given content.
 fn file(name: &str, content: &[u8]) -> (tempfile::TempDir, PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("a folder can be made");
     let path = folder.path().join(name);
-    std::fs::write(&path, content).unwrap();
+    std::fs::write(&path, content).expect("the file can be written");
     (folder, path)
 }
 

@@ -11,16 +11,16 @@ use tempfile::TempDir;
 
 /// A copy of the models' tokenizer folder with other fields in `tokenizer_config.json`; a null removes.
 fn folder(changes: Value) -> TempDir {
-    let target = TempDir::new().unwrap();
+    let target = TempDir::new().expect("a folder can be made");
     let source = path("models/tokenizer");
     for file in ["tokenizer.json", "special_tokens_map.json", "chat_template.jinja"] {
-        std::fs::copy(source.join(file), target.path().join(file)).unwrap();
+        std::fs::copy(source.join(file), target.path().join(file)).expect("the file can be copied");
     }
     let mut config: Value =
-        serde_json::from_slice(&std::fs::read(source.join("tokenizer_config.json")).unwrap()).unwrap();
-    for (key, value) in changes.as_object().unwrap() {
+        serde_json::from_slice(&std::fs::read(source.join("tokenizer_config.json")).expect("readable")).expect("JSON");
+    for (key, value) in changes.as_object().expect("changes are an object") {
         match value {
-            Value::Null => config.as_object_mut().unwrap().remove(key).map_or((), drop),
+            Value::Null => config.as_object_mut().expect("an object").remove(key).map_or((), drop),
             value => config[key] = value.clone(),
         }
     }
@@ -29,16 +29,16 @@ fn folder(changes: Value) -> TempDir {
 }
 
 fn write(folder: &Path, file: &str, text: &str) {
-    std::fs::write(folder.join(file), text).unwrap();
+    std::fs::write(folder.join(file), text).expect("the file can be written");
 }
 
 fn tokenizer(changes: Value) -> Tokenizer {
-    Tokenizer::from_dir(folder(changes).path()).unwrap()
+    Tokenizer::from_dir(folder(changes).path()).expect("the tokenizer loads")
 }
 
 fn rendered(folder: &TempDir) -> Result<String, LoadError> {
     let template = ChatTemplate::from_dir(folder.path())?;
-    Ok(template.render(&[Message::user("q")], RenderOptions::default()).unwrap())
+    Ok(template.render(&[Message::user("q")], RenderOptions::default()).expect("the template renders"))
 }
 
 #[test]

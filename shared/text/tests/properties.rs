@@ -7,8 +7,10 @@ use grail_protocol::ids::TokenId;
 use grail_text::Tokenizer;
 use proptest::prelude::*;
 
-static MODEL: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::from_dir(&path("models/tokenizer")).unwrap());
-static MINI: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::from_dir(&path("environments/tokenizer")).unwrap());
+static MODEL: LazyLock<Tokenizer> =
+    LazyLock::new(|| Tokenizer::from_dir(&path("models/tokenizer")).expect("the tokenizer loads"));
+static MINI: LazyLock<Tokenizer> =
+    LazyLock::new(|| Tokenizer::from_dir(&path("environments/tokenizer")).expect("the tokenizer loads"));
 
 /// Texts that NFC leaves as they are, with special strings in between.
 fn text() -> impl Strategy<Value = String> {
