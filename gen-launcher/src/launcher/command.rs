@@ -24,7 +24,7 @@ const BUILTIN_PROGRAM: &str = "grail-builtin-server";
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommandError {
-    #[error("backend {0:?} is not supported by this build yet: use builtin")]
+    #[error("backend {0:?} is not supported by this build yet, use builtin")]
     Backend(Backend),
     #[error(
         "the checkpoint's max_position_embeddings is {model}, max_model_len {asked} does not fit: lower it to {fits}"
@@ -225,7 +225,7 @@ mod tests {
     fn other_backends_are_refused_by_name() {
         for backend in [Backend::Sglang, Backend::Vllm] {
             let error = build(&ServerSpec { backend, ..spec() }, &folder(), None, sink()).unwrap_err();
-            assert!(error.to_string().ends_with("is not supported by this build yet: use builtin"), "{error}");
+            assert!(error.to_string().ends_with("is not supported by this build yet, use builtin"), "{error}");
         }
     }
 }

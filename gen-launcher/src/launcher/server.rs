@@ -7,6 +7,7 @@ use std::time::Duration;
 use grail_ipc::messages::{ServerEpoch, ServerPhase, ServerSpec};
 use grail_process::{Child, Exit, Signal, StopPlan, StopTarget, Unkillable};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::client::{CallError, ServerClient};
 use super::command::{self, CommandError, PhaseSink, ServerCommand};
@@ -47,6 +48,8 @@ pub enum StartError {
     Deadline { limit: Duration, missing: String, last_lines: Vec<String> },
     #[error("the server is ready, but not as asked")]
     Unfit(#[source] CallError),
+    #[error("a stop came before the server was ready")]
+    Interrupted,
 }
 
 impl StartError {
@@ -61,6 +64,7 @@ impl StartError {
             Self::Exited { .. } => "exited",
             Self::Deadline { .. } => "start_timeout",
             Self::Unfit(_) => "unfit",
+            Self::Interrupted => "interrupted",
         }
     }
 
@@ -110,6 +114,9 @@ pub enum UpdateError {
         #[source]
         source: StartError,
     },
+    /// There is no server any more.
+    #[error("a stop came before the weights were in place")]
+    Interrupted,
 }
 
 impl UpdateError {
@@ -120,7 +127,20 @@ impl UpdateError {
             Self::Folder(_) => "bad_checkpoint",
             Self::Stop { .. } => "survivors",
             Self::Restart { source, .. } => source.code(),
+            Self::Interrupted => "interrupted",
         }
+    }
+}
+
+/// What starts and updates report to, and what ends them early.
+pub struct Context {
+    pub phases: PhaseSink,
+    pub interrupt: CancellationToken,
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("interrupt", &self.interrupt).finish_non_exhaustive()
     }
 }
 
@@ -136,13 +156,13 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a server and waits until it is ready. Dropping the future kills what was started.
+    /// Starts a server and waits until it is ready, or until `interrupt` is cancelled.
     ///
     /// # Errors
     /// [`StartError`]; then nothing of it is left.
-    pub async fn start(spec: ServerSpec, incarnation: u64, phases: &PhaseSink) -> Result<Self, StartError> {
+    pub async fn start(spec: ServerSpec, incarnation: u64, context: &Context) -> Result<Self, StartError> {
         let folder = open(&spec.model_path).await?;
-        Self::start_on(spec, folder, incarnation, None, phases).await
+        Self::start_on(spec, folder, incarnation, None, context).await
     }
 
     async fn start_on(
@@ -150,11 +170,11 @@ impl Server {
         folder: CheckpointFolder,
         incarnation: u64,
         port: Option<u16>,
-        phases: &PhaseSink,
+        context: &Context,
     ) -> Result<Self, StartError> {
         let mut attempt = 1;
         loop {
-            match Self::try_start(&spec, &folder, port, phases).await {
+            match Self::try_start(&spec, &folder, port, context).await {
                 Ok((child, client, port)) => return Ok(Self { child, client, port, spec, folder, incarnation }),
                 Err(StartError::Exited { cause, last_lines })
                     if attempt < PORT_ATTEMPTS && marks::is_port_taken(&last_lines) =>
@@ -171,32 +191,32 @@ impl Server {
         spec: &ServerSpec,
         folder: &CheckpointFolder,
         port: Option<u16>,
-        phases: &PhaseSink,
+        context: &Context,
     ) -> Result<(Child, ServerClient, u16), StartError> {
+        let Context { phases, interrupt } = context;
         let ServerCommand { child, url, port, served_name, phases: seen } =
             command::build(spec, folder, port, Arc::clone(phases))?;
         let client = ServerClient::new(url)?;
         let child = grail_process::spawn(child).await?;
         phases(ServerPhase::Spawned, &format!("pid {} on port {port}", child.pid()));
         let limit = Duration::from_secs(spec.start_timeout_s.max(1));
-        let ready = tokio::select! {
-            exit = child.wait() => {
-                Err(StartError::Exited { cause: exit.cause.to_string(), last_lines: child.last_lines() })
-            }
-            generates = until_it_generates(&client, limit) => generates.map_err(|error| StartError::Deadline {
+        let becomes_ready = async {
+            until_it_generates(&client, limit).await.map_err(|error| StartError::Deadline {
                 limit,
                 missing: format!("last phase {:?}, {}", seen.last(), with_causes(&error)),
                 last_lines: child.last_lines(),
-            }),
+            })?;
+            phases(ServerPhase::WarmingUp, "the server generates; asking for a canary");
+            check(&client, spec, folder, &served_name).await.map_err(StartError::Unfit)
         };
-        let fit = match ready {
-            Ok(()) => {
-                phases(ServerPhase::WarmingUp, "the server generates; asking for a canary");
-                check(&client, spec, folder, &served_name).await.map_err(StartError::Unfit)
+        let ready = tokio::select! {
+            () = interrupt.cancelled() => Err(StartError::Interrupted),
+            exit = child.wait() => {
+                Err(StartError::Exited { cause: exit.cause.to_string(), last_lines: child.last_lines() })
             }
-            Err(error) => Err(error),
+            ready = becomes_ready => ready,
         };
-        match fit {
+        match ready {
             Ok(()) => {
                 phases(ServerPhase::Ready, client.url());
                 Ok((child, client, port))
@@ -250,45 +270,50 @@ impl Server {
         folder: &str,
         label: &str,
         next_incarnation: u64,
-        phases: &PhaseSink,
+        context: &Context,
     ) -> Result<Self, (UpdateError, Option<Box<Self>>)> {
-        let new = match open(folder).await {
-            Ok(new) => new,
-            Err(error) => return Err((error.into(), Some(Box::new(self)))),
+        let compared = async {
+            let new = open(folder).await?;
+            let difference = self.folder.difference(&new)?;
+            Ok((new, difference))
         };
-        let difference = match self.folder.difference(&new) {
-            Ok(difference) => difference,
-            Err(error) => return Err((error.into(), Some(Box::new(self)))),
+        let (new, difference) = match compared.await {
+            Ok(compared) => compared,
+            Err(error) => return Err((UpdateError::Folder(error), Some(Box::new(self)))),
         };
-        phases(ServerPhase::Updating, folder);
-        let reason = match difference {
-            Some(difference) => difference.to_string(),
+        (context.phases)(ServerPhase::Updating, folder);
+        let spec = ServerSpec { model_path: folder.to_owned(), weight_version: label.to_owned(), ..self.spec.clone() };
+        let (reason, plan) = match difference {
+            // A sound server that must read its start files again.
+            Some(difference) => (difference.to_string(), stop_plan()),
             None => {
                 let updated = tokio::select! {
-                    exit = self.child.wait() => Err(format!("it died: {}", exit.cause)),
-                    updated = self.update_in_place(&new, folder, label) => {
-                        updated.map_err(|error| with_causes(&error))
+                    () = context.interrupt.cancelled() => {
+                        let stopped = self.end(&StopPlan::kill()).await;
+                        let reason = "a stop came meanwhile".to_owned();
+                        let error = stopped.err().map(|source| UpdateError::Stop { reason, source });
+                        return Err((error.unwrap_or(UpdateError::Interrupted), None));
                     }
+                    exit = self.child.wait() => Err(format!("it died: {}", exit.cause)),
+                    updated = self.update_in_place(&new, folder, label) => updated.map_err(|error| with_causes(&error)),
                 };
                 match updated {
-                    Ok(()) => {
-                        let spec =
-                            ServerSpec { model_path: folder.to_owned(), weight_version: label.to_owned(), ..self.spec };
-                        return Ok(Self { spec, folder: new, ..self });
-                    }
-                    Err(reason) => reason,
+                    Ok(()) => return Ok(Self { spec, folder: new, ..self }),
+                    // Which weights it has is uncertain: it must not answer once more.
+                    Err(reason) => (reason, StopPlan::kill()),
                 }
             }
         };
         tracing::warn!(reason, folder, label, "The server does not take the weights; starting it anew on them.");
-        let spec = ServerSpec { model_path: folder.to_owned(), weight_version: label.to_owned(), ..self.spec.clone() };
         let port = self.port;
-        if let Err(source) = self.stop().await {
+        if let Err(source) = self.end(&plan).await {
             return Err((UpdateError::Stop { reason, source }, None));
         }
-        Self::start_on(spec, new, next_incarnation, Some(port), phases)
-            .await
-            .map_err(|source| (UpdateError::Restart { reason, source }, None))
+        let started = Self::start_on(spec, new, next_incarnation, Some(port), context).await;
+        started.map_err(|source| match source {
+            StartError::Interrupted => (UpdateError::Interrupted, None),
+            source => (UpdateError::Restart { reason, source }, None),
+        })
     }
 
     /// Nothing runs, the weights change, the change is proven, then requests come in again.
@@ -313,11 +338,18 @@ impl Server {
         {
             tracing::debug!(%error, "The server does not take an abort; stopping it all the same.");
         }
-        let plan = StopPlan::terminate(TERMINATE_GRACE).then(Signal::SIGQUIT, StopTarget::Leader, QUIT_GRACE);
-        let exit = self.child.stop(&plan).await?;
+        self.end(&stop_plan()).await
+    }
+
+    async fn end(self, plan: &StopPlan) -> Result<Exit, StopError> {
+        let exit = self.child.stop(plan).await?;
         let survivors: Vec<i32> = exit.survivors.iter().copied().chain(self.child.members()).collect();
         if survivors.is_empty() { Ok(exit) } else { Err(StopError::Survivors(survivors)) }
     }
+}
+
+fn stop_plan() -> StopPlan {
+    StopPlan::terminate(TERMINATE_GRACE).then(Signal::SIGQUIT, StopTarget::Leader, QUIT_GRACE)
 }
 
 async fn open(folder: &str) -> Result<CheckpointFolder, FolderError> {

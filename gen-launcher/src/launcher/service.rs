@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::args::ServeArgs;
 use super::command::PhaseSink;
-use super::server::{Server, StopError, with_causes};
+use super::server::{Context, Server, StopError, with_causes};
 
 /// How long a peer may take to say who it is.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -146,7 +146,9 @@ async fn converse(
                         ToLauncher::Welcome(_) => continue,
                         ToLauncher::Ping { id } => {
                             let server_pid = u32::try_from(server_pid.load(Ordering::Relaxed)).ok().filter(|pid| *pid > 0);
-                            writer.queue(&FromLauncher::Pong { id, server_pid })?;
+                            if let Err(error) = writer.queue(&FromLauncher::Pong { id, server_pid }) {
+                                break Err(error);
+                            }
                             continue;
                         }
                         ToLauncher::Start { id, spec } => Order::Start { id, spec: Box::new(spec) },
@@ -162,7 +164,9 @@ async fn converse(
                     }
                 }
             },
-            Some(message) = outgoing.recv() => writer.queue(&message)?,
+            Some(message) = outgoing.recv() => if let Err(error) = writer.queue(&message) {
+                break Err(error);
+            },
             flushed = writer.flush(), if !writer.is_idle() => if let Err(error) = flushed {
                 break Err(error);
             },
@@ -260,12 +264,7 @@ impl Actor {
             return;
         }
         let incarnation = self.next_incarnation();
-        let phases = self.phase_sink();
-        let started = tokio::select! {
-            started = Server::start(spec, incarnation, &phases) => started,
-            () = interrupt.cancelled() => return self.interrupted(id),
-        };
-        match started {
+        match Server::start(spec, incarnation, &self.context(interrupt)).await {
             Ok(server) => {
                 let (url, epoch) = (server.url().to_owned(), server.epoch());
                 tracing::info!(url, incarnation, weights = epoch.weights, "The server is ready.");
@@ -287,13 +286,7 @@ impl Actor {
             return;
         };
         let next = self.next_incarnation();
-        let phases = self.phase_sink();
-        let updated = tokio::select! {
-            updated = server.update(folder, label, next, &phases) => updated,
-            // The server's weights are uncertain now; dropping the update kills it.
-            () = interrupt.cancelled() => return self.interrupted(id),
-        };
-        match updated {
+        match server.update(folder, label, next, &self.context(interrupt)).await {
             Ok(server) => {
                 let epoch = server.epoch();
                 tracing::info!(incarnation = epoch.incarnation, weights = label, "The server has new weights.");
@@ -323,23 +316,20 @@ impl Actor {
         }
     }
 
-    fn interrupted(&self, id: RequestId) {
-        self.fail(id, Severity::Retryable, "interrupted", "a stop came before it was done".to_owned());
-    }
-
     /// Unique over all launchers of a supervisor's life: the launcher's own incarnation, then a count.
     fn next_incarnation(&mut self) -> u64 {
         self.incarnations += 1;
         (self.epoch.0 << 20) + self.incarnations
     }
 
-    fn phase_sink(&self) -> PhaseSink {
+    fn context(&self, interrupt: &CancellationToken) -> Context {
         let outbox = self.outbox.clone();
-        Arc::new(move |phase, detail: &str| {
+        let phases: PhaseSink = Arc::new(move |phase, detail: &str| {
             if outbox.send(FromLauncher::Phase { phase, detail: detail.to_owned() }).is_err() {
                 tracing::debug!(?phase, "Nobody listens to phases any more.");
             }
-        })
+        });
+        Context { phases, interrupt: interrupt.clone() }
     }
 
     fn publish_pid(&self) {

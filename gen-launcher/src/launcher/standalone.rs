@@ -3,9 +3,11 @@
 use std::io::{self, Write as _};
 use std::sync::Arc;
 
+use tokio_util::sync::CancellationToken;
+
 use super::args::RunArgs;
 use super::command::PhaseSink;
-use super::server::{Server, StartError, StopError};
+use super::server::{Context, Server, StartError, StopError};
 use super::service::Signals;
 
 /// A run that did not end on request.
@@ -30,9 +32,18 @@ pub async fn run(args: &RunArgs) -> Result<(), RunError> {
     grail_process::become_subreaper().map_err(RunError::Process)?;
     let mut signals = Signals::listen().map_err(RunError::Process)?;
     let phases: PhaseSink = Arc::new(|phase, detail: &str| tracing::info!(?phase, detail, "Phase of the start."));
-    let server = tokio::select! {
-        started = Server::start(args.spec(), 1, &phases) => started?,
-        () = signals.next() => return Ok(()),
+    let context = Context { phases, interrupt: CancellationToken::new() };
+    let mut start = std::pin::pin!(Server::start(args.spec(), 1, &context));
+    let started = tokio::select! {
+        started = &mut start => started,
+        () = signals.next() => {
+            context.interrupt.cancel();
+            start.await
+        }
+    };
+    let server = match started {
+        Err(StartError::Interrupted) => return Ok(()),
+        other => other?,
     };
     if writeln!(io::stdout(), "{}", server.url()).is_err() {
         tracing::debug!("Nobody reads the address.");
