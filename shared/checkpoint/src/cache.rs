@@ -326,7 +326,9 @@ fn is_dead_partial(name: &str, path: &Path) -> bool {
         return false;
     }
     match parts.next().and_then(|pid| pid.parse::<u32>().ok()).and_then(|pid| i32::try_from(pid).ok()) {
-        Some(pid) if pid > 0 => pid.unsigned_abs() == std::process::id() || kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH),
+        Some(pid) if pid > 0 => {
+            pid.unsigned_abs() == std::process::id() || kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH)
+        }
         _ => is_older_than(path, ABANDONED_AFTER),
     }
 }

@@ -28,7 +28,10 @@ pub(crate) fn files_below(folder: &Path) -> io::Result<Vec<String>> {
         for entry in std::fs::read_dir(&path)? {
             let entry = entry?;
             let name = entry.file_name().into_string().map_err(|name| {
-                io::Error::new(io::ErrorKind::InvalidFilename, format!("the name {} is no UTF-8", PathBuf::from(name).display()))
+                io::Error::new(
+                    io::ErrorKind::InvalidFilename,
+                    format!("the name {} is no UTF-8", PathBuf::from(name).display()),
+                )
             })?;
             let relative = format!("{prefix}{name}");
             if std::fs::metadata(entry.path())?.is_dir() {

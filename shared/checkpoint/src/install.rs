@@ -251,10 +251,8 @@ async fn describe(metadata: &Metadata, folder: &Path) -> Result<(Vec<u8>, Hashed
         let agreement = weights.agreement(hash, &published)?;
         Ok(HashedWeights { hash, agreement })
     });
-    let hashed = hashed
-        .await
-        .expect("hashing does not panic")
-        .map_err(|source| InstallError::Weights { window, source })?;
+    let hashed =
+        hashed.await.expect("hashing does not panic").map_err(|source| InstallError::Weights { window, source })?;
     let document = local_document(metadata, hashed.hash, &hashed.agreement);
     let mut text = serde_json::to_vec_pretty(&document).expect("a JSON value has a text");
     text.push(b'\n');

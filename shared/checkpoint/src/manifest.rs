@@ -130,7 +130,8 @@ impl Manifest {
         let files: Vec<_> = self.required().collect();
         let next = AtomicUsize::new(0);
         let defects = Mutex::new(BTreeMap::new());
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_HASHING_THREADS).min(files.len());
+        let threads =
+            std::thread::available_parallelism().map_or(1, usize::from).min(MAX_HASHING_THREADS).min(files.len());
         std::thread::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(|| {

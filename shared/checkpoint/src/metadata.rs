@@ -111,7 +111,9 @@ impl Metadata {
     /// [`MetadataError`]: no JSON object, or one that contradicts its key or names unsafe files.
     pub fn parse(text: &[u8], window: CheckpointWindow, tree: Tree) -> Result<Self, MetadataError> {
         let document = match serde_json::from_slice(text).map_err(MetadataError::Json)? {
-            Value::Object(document) if document.is_empty() => return Err(MetadataError::NotAnObject("an empty object")),
+            Value::Object(document) if document.is_empty() => {
+                return Err(MetadataError::NotAnObject("an empty object"));
+            }
             Value::Object(document) => document,
             Value::Array(_) => return Err(MetadataError::NotAnObject("an array")),
             Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {
@@ -121,7 +123,11 @@ impl Metadata {
         Self::from_document(document, window, tree)
     }
 
-    fn from_document(document: Map<String, Value>, window: CheckpointWindow, tree: Tree) -> Result<Self, MetadataError> {
+    fn from_document(
+        document: Map<String, Value>,
+        window: CheckpointWindow,
+        tree: Tree,
+    ) -> Result<Self, MetadataError> {
         match document.get("window") {
             None => {}
             Some(stated) if stated.as_u64() == Some(window.0) => {}
@@ -244,11 +250,9 @@ impl Published {
                 tree: metadata.tree,
                 defect,
             }),
-            (Err(delta), Err(full)) => Err(PolicyError::NoMetadata {
-                window: self.window,
-                full: full.to_string(),
-                delta: delta.to_string(),
-            }),
+            (Err(delta), Err(full)) => {
+                Err(PolicyError::NoMetadata { window: self.window, full: full.to_string(), delta: delta.to_string() })
+            }
         }
     }
 }
@@ -290,7 +294,10 @@ mod tests {
 
     #[test]
     fn a_malformed_weights_hash_is_kept_for_the_report() {
-        assert_eq!(full(json!({"weights_hash": "xyz"})).unwrap().weights_hash, PublishedHash::Malformed("\"xyz\"".into()));
+        assert_eq!(
+            full(json!({"weights_hash": "xyz"})).unwrap().weights_hash,
+            PublishedHash::Malformed("\"xyz\"".into())
+        );
         assert_eq!(full(json!({"weights_hash": null})).unwrap().weights_hash, PublishedHash::None);
         let stated = full(json!({"weights_hash": "000000000000000000000000000000ff"})).unwrap().weights_hash;
         assert_eq!(stated, PublishedHash::Stated(WeightsHash(255)));

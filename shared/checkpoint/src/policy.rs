@@ -3,13 +3,12 @@
 //! Nothing is ever substituted: whatever is missing, of another type or out of range means that the window is skipped, as
 //! miners and validators of the reference do.
 
+use grail_protocol::constants::MAX_NEW_TOKENS_PROTOCOL_CAP;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::python;
 
-/// Longest completion that the protocol allows, whatever a checkpoint says, in tokens.
-pub const MAX_NEW_TOKENS_PROTOCOL_CAP: u32 = 8192;
 /// Keys that `generation_params` must have.
 const GENERATION_KEYS: [&str; 5] = ["max_tokens", "temperature", "top_p", "top_k", "repetition_penalty"];
 /// Splits of a dataset that a checkpoint may name.
@@ -139,7 +138,8 @@ impl GenerationParams {
     /// Longest completion of a rollout, in tokens: a row of another length must end in EOS.
     #[must_use]
     pub fn max_new(&self) -> u32 {
-        u32::try_from(self.max_tokens).map_or(MAX_NEW_TOKENS_PROTOCOL_CAP, |tokens| tokens.min(MAX_NEW_TOKENS_PROTOCOL_CAP))
+        u32::try_from(self.max_tokens)
+            .map_or(MAX_NEW_TOKENS_PROTOCOL_CAP, |tokens| tokens.min(MAX_NEW_TOKENS_PROTOCOL_CAP))
     }
 
     /// How many tokens a draw is limited to; `None`: no limit, the field is left out of requests.

@@ -58,7 +58,10 @@ mod tests {
         assert_eq!(resolve([&never], window), None);
         let nowhere = format!("grail/checkpoints/checkpoint-{huge}/READY-390");
         let known = "grail/checkpoints/checkpoint-300/READY-390".to_owned();
-        assert_eq!(resolve([&nowhere, &known], window).map(|choice| choice.checkpoint), Some(CheckpointWindow(u64::MAX)));
+        assert_eq!(
+            resolve([&nowhere, &known], window).map(|choice| choice.checkpoint),
+            Some(CheckpointWindow(u64::MAX))
+        );
     }
 
     #[test]

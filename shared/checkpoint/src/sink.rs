@@ -35,7 +35,7 @@ pub(crate) enum SinkError {
 #[derive(Debug)]
 enum Stage<W: Write> {
     Plain(Counted<W>),
-    Gzip(MultiGzDecoder<Counted<W>>),
+    Gzip(Box<MultiGzDecoder<Counted<W>>>),
 }
 
 /// Takes the stored bytes of one object, in order.
@@ -51,7 +51,7 @@ impl<W: Write> Sink<W> {
         Self {
             stage: match coding {
                 Coding::Plain => Stage::Plain(counted),
-                Coding::Gzip => Stage::Gzip(MultiGzDecoder::new(counted)),
+                Coding::Gzip => Stage::Gzip(Box::new(MultiGzDecoder::new(counted))),
             },
         }
     }
@@ -73,7 +73,7 @@ impl<W: Write> Sink<W> {
         finished.map_err(|error| self.classify(error))?;
         let counted = match self.stage {
             Stage::Plain(counted) => counted,
-            Stage::Gzip(decoder) => decoder.finish().map_err(SinkError::Gzip)?,
+            Stage::Gzip(decoder) => (*decoder).finish().map_err(SinkError::Gzip)?,
         };
         let fetched = Fetched { bytes: counted.bytes, sha256: Sha256Digest(counted.hash.finalize().into()) };
         Ok((counted.target, fetched))

@@ -104,7 +104,8 @@ impl WeightsFiles {
         let shards: BTreeSet<&String> = map.values().collect();
         let weights = Self::open_files(shards.into_iter().map(|shard| folder.join(shard)).collect())?;
         for (name, shard) in &map {
-            let found = weights.tensors.get(name).is_some_and(|place| weights.files[place.file].0 == folder.join(shard));
+            let found =
+                weights.tensors.get(name).is_some_and(|place| weights.files[place.file].0 == folder.join(shard));
             if !found {
                 let (name, shard) = (name.clone(), shard.clone());
                 return Err(WeightsError::NotInShard { index: index.to_path_buf(), name, shard });

@@ -120,7 +120,12 @@ impl fmt::Display for FaultyStore {
 type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 
 impl ObjectStore for FaultyStore {
-    fn put_opts<'s, 'l, 'a>(&'s self, location: &'l Path, payload: PutPayload, options: PutOptions) -> Answer<'a, PutResult>
+    fn put_opts<'s, 'l, 'a>(
+        &'s self,
+        location: &'l Path,
+        payload: PutPayload,
+        options: PutOptions,
+    ) -> Answer<'a, PutResult>
     where
         's: 'a,
         'l: 'a,
@@ -211,7 +216,8 @@ pub fn write_safetensors(path: &FilePath, tensors: &[(&str, &[u8])]) {
     for (name, bytes) in tensors {
         let start = data.len();
         data.extend_from_slice(bytes);
-        let entry = serde_json::json!({"dtype": "BF16", "shape": [bytes.len() / 2], "data_offsets": [start, data.len()]});
+        let entry =
+            serde_json::json!({"dtype": "BF16", "shape": [bytes.len() / 2], "data_offsets": [start, data.len()]});
         header.insert((*name).to_owned(), entry);
     }
     let header = serde_json::to_vec(&header).unwrap();

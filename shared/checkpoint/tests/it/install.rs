@@ -91,8 +91,7 @@ async fn what_is_published_is_chosen_and_installed() {
         let (ours, theirs) = (installed.folder.join(name), source.path().join(name));
         assert_eq!(std::fs::read(ours).unwrap(), std::fs::read(theirs).unwrap(), "{name}");
     }
-    let local: Value =
-        serde_json::from_slice(&std::fs::read(installed.folder.join("metadata.json")).unwrap()).unwrap();
+    let local: Value = serde_json::from_slice(&std::fs::read(installed.folder.join("metadata.json")).unwrap()).unwrap();
     assert_eq!(local["weights_hash"], json!(installed.weights_hash.to_string()));
     assert_eq!(local["window"], json!(300));
 }
@@ -109,7 +108,10 @@ async fn the_marker_is_the_last_object_and_names_the_window_of_readiness() {
         full_key("metadata.json"),
         full_key("model.safetensors"),
     ];
-    assert_eq!(listing.keys().collect::<std::collections::BTreeSet<_>>(), expected.iter().map(String::as_str).collect());
+    assert_eq!(
+        listing.keys().collect::<std::collections::BTreeSet<_>>(),
+        expected.iter().map(String::as_str).collect()
+    );
     assert_eq!(listing.size(&full_key("FULL")), Some(0));
 }
 
@@ -184,7 +186,9 @@ async fn other_files_under_the_same_window_replace_the_cached_ones() {
     publish_full(&bench.checkpoints, WINDOW, folder.path(), &metadata_input(), 300).await.unwrap();
     let second = bench.install().await.unwrap();
     assert_ne!(first.weights_hash, second.weights_hash);
-    assert!(matches!(bench.cache.inspect(WINDOW), Entry::Installed(found) if found.weights_hash == second.weights_hash));
+    assert!(
+        matches!(bench.cache.inspect(WINDOW), Entry::Installed(found) if found.weights_hash == second.weights_hash)
+    );
 }
 
 #[tokio::test]

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use grail_checkpoint::layout::{METADATA_FILE, Tree, parse_object_key};
+use grail_checkpoint::layout::{METADATA_FILE, Tree, parse_object_key, ready_key};
 use grail_checkpoint::manifest::{FileDefect, hash_file};
-use grail_checkpoint::ready::{markers, resolve};
+use grail_checkpoint::ready::{markers, parse_marker, resolve};
 use grail_checkpoint::{
     CheckpointCache, CheckpointStore, HashAgreement, InstallError, Listing, Metadata, PolicyDefect, Verdict,
 };
@@ -63,10 +63,7 @@ async fn resolution() {
     let file = "checkpoints/resolution.json";
     let vectors: Resolution = grail_golden::json(file);
     let listing = bucket().list().await.unwrap();
-    assert_eq!(
-        vectors.ready_rule,
-        "max by (ready_window, checkpoint_window) over markers with ready_window < window",
-    );
+    assert_eq!(vectors.ready_rule, "max by (ready_window, checkpoint_window) over markers with ready_window < window",);
     for case in &vectors.bucket {
         let choice = listing.resolve(case.window).map(|choice| choice.checkpoint);
         assert_eq!(choice, case.checkpoint_window, "window {}", case.window);
@@ -187,13 +184,7 @@ impl MetadataCase {
 fn metadata_cases() {
     let file = "checkpoints/metadata_cases.json";
     let vectors: MetadataCases = grail_golden::json(file);
-    let known = [
-        Verdict::Mine,
-        Verdict::SkipWindow,
-        Verdict::Absent,
-        Verdict::RejectMetadata,
-        Verdict::UnusableDelta,
-    ];
+    let known = [Verdict::Mine, Verdict::SkipWindow, Verdict::Absent, Verdict::RejectMetadata, Verdict::UnusableDelta];
     assert_eq!(
         vectors.verdicts.keys().map(String::as_str).collect::<BTreeSet<_>>(),
         known.iter().map(|verdict| verdict.as_str()).collect(),
@@ -203,11 +194,9 @@ fn metadata_cases() {
     grail_golden::ran(file, vectors.cases.len(), 97);
 }
 
-/// Every object of the bucket is listed; every metadata document is sound; every full tree installs, except the one that was
-/// never uploaded to its end.
+/// Every metadata document is sound, and every full tree installs, except the one that was never uploaded to its end.
 #[tokio::test]
-async fn bucket_trees() {
-    let root = grail_golden::path("checkpoints/bucket");
+async fn bucket_full_trees() {
     let store = bucket();
     let listing = store.list().await.unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -226,6 +215,7 @@ async fn bucket_trees() {
                 for (name, expected) in published.full.as_ref().unwrap().files().unwrap().required() {
                     assert_eq!(hash_file(&installed.folder.join(name)).unwrap().1, expected, "{window} {name}");
                 }
+                assert!(!installed.folder.join("snapshot_metadata.json").exists(), "{window}: nothing vouches for it");
             }
             Err(InstallError::DeltaOnly { .. }) => assert!(!has_metadata(&listing, window, Tree::Full), "{window}"),
             Err(InstallError::File { source, .. }) => {
@@ -237,5 +227,40 @@ async fn bucket_trees() {
         }
     }
     assert_eq!(installed_windows, [3000, 3300, 3480, 3540]);
-    grail_golden::ran("checkpoints/bucket", listing.len(), files_below(&root));
+}
+
+/// Every object is listed and is what its name says: a marker, or a file with the hash of its tree's manifest.
+#[tokio::test]
+async fn bucket_objects() {
+    let root = grail_golden::path("checkpoints/bucket");
+    let store = bucket();
+    let listing = store.list().await.unwrap();
+    assert_eq!(listing.len(), files_below(&root));
+    for key in listing.keys() {
+        let bytes = std::fs::read(root.join(key)).unwrap();
+        assert_eq!(listing.size(key), Some(bytes.len() as u64), "{key}");
+        match parse_object_key(key) {
+            None => {
+                let marker = parse_marker(key).unwrap();
+                assert_eq!(ready_key(marker.checkpoint, marker.ready), key);
+                assert!(bytes.is_empty(), "{key}");
+            }
+            Some(object) if object.name == object.tree.as_str() => assert!(bytes.is_empty(), "{key}"),
+            Some(object) if object.name == "manifest.sig" => {
+                assert_eq!(hex::decode(&bytes).unwrap().len(), 64, "{key}");
+            }
+            Some(object) => {
+                let published = store.published(object.window).await.unwrap();
+                let metadata = if object.tree == Tree::Full { published.full } else { published.delta }.unwrap();
+                let expected = metadata.files().unwrap().required().find(|(name, _)| *name == object.name);
+                let found = hash_file(&root.join(key)).unwrap().1;
+                let outside_the_manifest = [METADATA_FILE, "snapshot_metadata.json"].contains(&object.name.as_str());
+                match expected {
+                    Some((_, expected)) => assert_eq!(found, expected, "{key}"),
+                    None => assert!(outside_the_manifest, "{key}"),
+                }
+            }
+        }
+        grail_golden::ran(&format!("checkpoints/bucket/{key}"), 1, 1);
+    }
 }

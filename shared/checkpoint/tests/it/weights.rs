@@ -109,7 +109,10 @@ fn damaged_headers_are_refused_before_anything_is_allocated_for_them() {
         ("offsets in disorder", exact(r#"{"a":{"dtype":"BF16","shape":[0],"data_offsets":[2,0]}}"#, 2)),
         ("negative offset", exact(r#"{"a":{"dtype":"BF16","shape":[1],"data_offsets":[-2,0]}}"#, 2)),
         ("shape of another size", exact(r#"{"a":{"dtype":"BF16","shape":[3],"data_offsets":[0,2]}}"#, 2)),
-        ("shape that overflows", exact(&format!(r#"{{"a":{{"dtype":"BF16","shape":[{0},{0}],"data_offsets":[0,2]}}}}"#, u64::MAX), 2)),
+        (
+            "shape that overflows",
+            exact(&format!(r#"{{"a":{{"dtype":"BF16","shape":[{0},{0}],"data_offsets":[0,2]}}}}"#, u64::MAX), 2),
+        ),
         ("unknown dtype", exact(r#"{"a":{"dtype":"Q4","shape":[1],"data_offsets":[0,2]}}"#, 2)),
     ] {
         let folder = folder(|path| std::fs::write(path.join("model.safetensors"), &file).unwrap());
