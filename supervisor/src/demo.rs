@@ -15,9 +15,15 @@ macro_rules! embedded_checkpoint {
     ($folder:literal) => {
         &[
             ("config.json", include_bytes!(concat!("../../deploy/demo/", $folder, "/config.json"))),
-            ("generation_config.json", include_bytes!(concat!("../../deploy/demo/", $folder, "/generation_config.json"))),
+            (
+                "generation_config.json",
+                include_bytes!(concat!("../../deploy/demo/", $folder, "/generation_config.json")),
+            ),
             ("model.safetensors", include_bytes!(concat!("../../deploy/demo/", $folder, "/model.safetensors"))),
-            ("special_tokens_map.json", include_bytes!(concat!("../../deploy/demo/", $folder, "/special_tokens_map.json"))),
+            (
+                "special_tokens_map.json",
+                include_bytes!(concat!("../../deploy/demo/", $folder, "/special_tokens_map.json")),
+            ),
             ("tokenizer.json", include_bytes!(concat!("../../deploy/demo/", $folder, "/tokenizer.json"))),
             ("tokenizer_config.json", include_bytes!(concat!("../../deploy/demo/", $folder, "/tokenizer_config.json"))),
         ]
@@ -73,7 +79,7 @@ impl Demo {
         };
         unpack(&first, FIRST)?;
         unpack(&second, SECOND)?;
-        let rows: Embedded = ("gsm_train.jsonl.gz", grail_environments::gsm8k::EMBEDDED_TRAIN_ROWS);
+        let rows: Embedded = ("gsm_train.jsonl.gz", grail_environments::gsm8k::EMBEDDED_TRAIN);
         unpack(folder, &[rows])?;
         let metadata: DemoMetadata = serde_json::from_slice(METADATA)?;
         let generation = GenerationParams::from_json(&metadata.generation_params)?;

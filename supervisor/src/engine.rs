@@ -29,8 +29,6 @@ pub struct Limits {
     pub max_groups: usize,
     /// Estimated size of the file at which admission stops.
     pub max_file_bytes: u64,
-    /// Time to keep for the upload beside its own estimate.
-    pub safety_blocks: u32,
 }
 
 /// What a window needs apart from its plan.

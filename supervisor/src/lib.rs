@@ -1,9 +1,14 @@
 //! The supervisor: wallet, chain, store, schedule and spool of a GRAIL miner. It never links libtorch and never holds a CUDA
 //! context; proofs and generation happen in child processes.
 
+pub mod app;
 pub mod beacon;
 pub mod chain;
 pub mod checkpoints;
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod demo;
 pub mod durable;
 pub mod engine;
 pub mod environments;
@@ -19,4 +24,5 @@ pub mod seal;
 pub mod spool;
 pub mod state;
 pub mod store;
+pub mod trainer;
 pub mod verify;

@@ -90,7 +90,6 @@ pub struct Miner {
     pub fleet: Fleet,
     pub signer: Arc<Keypair>,
     pub progress: Arc<Progress>,
-    pub max_model_len: usize,
 }
 
 impl Miner {
@@ -101,6 +100,7 @@ impl Miner {
     pub async fn run(&mut self, windows: Option<usize>, stop: CancellationToken) -> Result<Summary, MineError> {
         let mut summary = Summary::default();
         let mut done = self.last_uploaded();
+        self.warm_up(done).await?;
         while windows.is_none_or(|windows| summary.uploaded.len() < windows) {
             let Some(head) = self.next_window(done, &stop).await? else { break };
             let window = WindowStart::containing(head.block);
@@ -108,11 +108,6 @@ impl Miner {
             let parts = match self.prepare(window, head).await {
                 Ok(parts) => parts,
                 Err(NotBegun::Fatal(error)) => return Err(error),
-                // Before the first window nothing runs that waiting would help: say at once what is wrong.
-                Err(NotBegun::Skipped(Skipped::Checkpoint(error))) if !self.fleet.is_started() => {
-                    return Err(MineError::FirstCheckpoint(error));
-                }
-                Err(NotBegun::Skipped(Skipped::Roll(error))) if !self.fleet.is_started() => return Err(error.into()),
                 Err(NotBegun::Skipped(reason)) => {
                     self.skip(window, with_causes(&reason));
                     summary.skipped += 1;
@@ -129,6 +124,23 @@ impl Miner {
             }
         }
         Ok(summary)
+    }
+
+    /// Starts the children on the checkpoint of the first window, before it begins. Nothing runs yet that waiting would help, so
+    /// what is wrong is said at once.
+    async fn warm_up(&mut self, done: Option<WindowStart>) -> Result<(), MineError> {
+        let head = self.chain.head().await?;
+        let current = WindowStart::containing(head.block).max(self.chain.first_window());
+        let window = if done == Some(current) { current.next() } else { current };
+        let checkpoint = self.checkpoints.for_window(window).await.map_err(MineError::FirstCheckpoint)?;
+        self.fleet.roll(&checkpoint).await?;
+        self.note_weights(&checkpoint);
+        Ok(())
+    }
+
+    fn note_weights(&mut self, checkpoint: &ReadyCheckpoint) {
+        let (checkpoint, weights) = (checkpoint.installed.window, checkpoint.installed.weights_hash);
+        self.engine.journal.record(Event::CheckpointActive { checkpoint, weights });
     }
 
     /// A window whose file is in the store must not be put again: the later object would be the one that counts.
@@ -173,10 +185,8 @@ impl Miner {
         let checkpoint = self.checkpoints.for_window(window).await?;
         let plan = self.plan(window, head, &checkpoint).await?;
         let environment = self.environments.open(plan.environment, plan.split)?;
-        let rolled = self.fleet.roll(&checkpoint).await.map_err(Skipped::Roll)?;
-        if rolled {
-            let weights = checkpoint.installed.weights_hash;
-            self.engine.journal.record(Event::CheckpointActive { checkpoint: plan.checkpoint, weights });
+        if self.fleet.roll(&checkpoint).await.map_err(Skipped::Roll)? {
+            self.note_weights(&checkpoint);
         }
         let generator = self
             .fleet
@@ -200,7 +210,7 @@ impl Miner {
             eos_token: checkpoint.files.eos_token,
             vocab_size: checkpoint.files.vocab_size,
             max_position_embeddings: checkpoint.files.max_position_embeddings,
-            max_model_len: self.max_model_len,
+            max_model_len: self.fleet.max_model_len(&checkpoint.files) as usize,
             generator,
             prover: self.fleet.prover(),
             signer: self.signer.clone(),

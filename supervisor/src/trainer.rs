@@ -32,7 +32,6 @@ pub enum TrainerError {
 #[derive(Debug)]
 pub struct LocalTrainer {
     pub store: CheckpointStore,
-    pub chain: Arc<dyn Chain>,
     pub demo: Demo,
 }
 
@@ -50,15 +49,15 @@ impl LocalTrainer {
     ///
     /// # Errors
     /// [`TrainerError`].
-    pub async fn publish_second(&self) -> Result<(), TrainerError> {
+    pub async fn publish_second(&self, chain: Arc<dyn Chain>) -> Result<(), TrainerError> {
         let due = BlockNumber(FIRST_WINDOW + SECOND_AFTER_BLOCKS);
         loop {
-            let head = self.chain.head().await?;
+            let head = chain.head().await?;
             if head.block >= due {
                 let ready = WindowStart::containing(head.block).block().0;
                 return self.publish_once(CheckpointWindow(FIRST_WINDOW), &self.demo.second, ready).await;
             }
-            tokio::time::sleep(self.chain.nominal_block_time().max(Duration::from_millis(20))).await;
+            tokio::time::sleep(chain.nominal_block_time().max(Duration::from_millis(20))).await;
         }
     }
 

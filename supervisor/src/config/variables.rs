@@ -6,8 +6,13 @@ use Standing::{Active, NoEffect};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     Active,
-    /// Accepted because the guide or older files have it; the text says why it changes nothing.
-    NoEffect(&'static str),
+    /// Accepted because the guide or older files have it.
+    NoEffect {
+        /// Why it changes nothing.
+        why: &'static str,
+        /// The boolean value that says what is so anyhow, and needs no warning.
+        harmless: Option<bool>,
+    },
 }
 
 /// Another name of a variable.
@@ -54,7 +59,11 @@ const fn secret(name: &'static str, help: &'static str) -> Variable {
 }
 
 const fn no_effect(name: &'static str, why: &'static str) -> Variable {
-    Variable { standing: NoEffect(why), ..optional(name, "unset", why) }
+    Variable { standing: NoEffect { why, harmless: None }, ..optional(name, "unset", why) }
+}
+
+const fn no_effect_unless(name: &'static str, harmless: bool, why: &'static str) -> Variable {
+    Variable { standing: NoEffect { why, harmless: Some(harmless) }, ..optional(name, "unset", why) }
 }
 
 /// Variables that belong together.
@@ -88,8 +97,8 @@ pub const SECTIONS: &[Section] = &[
             with_default("BT_WALLET_COLD", "default", "Name of the wallet (coldkey)."),
             with_default("BT_WALLET_HOT", "default", "Name of the hotkey that signs rollouts and uploads."),
             with_default("BT_WALLET_PATH", "~/.bittensor/wallets", "Folder of the wallets."),
-            no_effect("BT_WALLET_NAME", "Has no effect; BT_WALLET_COLD names the wallet."),
-            no_effect("BT_WALLET_HOTKEY", "Has no effect; BT_WALLET_HOT names the hotkey."),
+            no_effect("BT_WALLET_NAME", "has no effect: BT_WALLET_COLD names the wallet"),
+            no_effect("BT_WALLET_HOTKEY", "has no effect: BT_WALLET_HOT names the hotkey"),
         ],
     },
     Section {
@@ -107,7 +116,7 @@ pub const SECTIONS: &[Section] = &[
                 "Another S3 endpoint; also used for the trainer's bucket.",
             ),
             with_default("R2_REGION", "us-east-1", "Region for signatures."),
-            no_effect("R2_FORCE_PATH_STYLE", "Has no effect; requests always use path style."),
+            no_effect_unless("R2_FORCE_PATH_STYLE", true, "has no effect: requests always use path style"),
             with_default("UPLOAD_TIMEOUT", "90", "Longest attempt to upload a window file, in seconds."),
         ],
     },
@@ -135,17 +144,17 @@ pub const SECTIONS: &[Section] = &[
                 "Context length in tokens. Prompts that leave no room for max_tokens are skipped, never shortened.",
             ),
             optional("GRAIL_PIPELINE_MAX_NUM_SEQS", "the server's own", "Sequences that the server runs at once."),
-            optional(
-                "GRAIL_PIPELINE_MAX_CONCURRENT",
-                "automatic: 16 for every open group",
-                "Requests in flight.",
-            ),
+            optional("GRAIL_PIPELINE_MAX_CONCURRENT", "automatic: 16 for every open group", "Requests in flight."),
             optional(
                 "GRAIL_PIPELINE_GROUPS_PER_BATCH",
                 "automatic",
                 "Most groups in generation at once; 1 is the guide's baseline, 24 to 96 are usual on large hosts.",
             ),
-            with_default("GRAIL_PIPELINE_SERVER_TIMEOUT", "300", "Longest start, request or weight update, in seconds."),
+            with_default(
+                "GRAIL_PIPELINE_SERVER_TIMEOUT",
+                "300",
+                "Longest start, request or weight update, in seconds.",
+            ),
             with_default(
                 "GRAIL_PIPELINE_DISABLE_CUDA_GRAPH",
                 "false",
@@ -158,12 +167,12 @@ pub const SECTIONS: &[Section] = &[
             ),
             optional("GRAIL_VLLM_PYTHON", "python3 on PATH", "Python interpreter that has vLLM."),
             optional("GRAIL_TRAIN_MODEL_ID", "unset", "Tokenizer for vLLM if the checkpoint names no model."),
-            no_effect("GRAIL_PIPELINE_ENABLED", "Has no effect; the pipeline is the only way to mine."),
+            no_effect("GRAIL_PIPELINE_ENABLED", "has no effect: the pipeline is the only way to mine"),
             no_effect(
                 "GRAIL_GENERATION_BATCH_SIZE",
-                "Has no effect; GRAIL_PIPELINE_GROUPS_PER_BATCH bounds the groups in generation.",
+                "has no effect: GRAIL_PIPELINE_GROUPS_PER_BATCH bounds the groups in generation",
             ),
-            no_effect("GRAIL_INFERENCE_BACKEND", "Has no effect on a miner; GRAIL_PIPELINE_BACKEND chooses the server."),
+            no_effect("GRAIL_INFERENCE_BACKEND", "has no effect on a miner: GRAIL_PIPELINE_BACKEND chooses the server"),
         ],
     },
     Section {
@@ -183,10 +192,15 @@ pub const SECTIONS: &[Section] = &[
                 "one worker on GRAIL_PIPELINE_PROOF_GPU",
                 "GPUs of the proof workers, one worker each, for instance 4,5,6,7.",
             ),
-            no_effect("GRAIL_PIPELINE_PROOF_SUBPROCESS", "Has no effect; proof workers are always processes."),
-            no_effect(
+            no_effect_unless(
+                "GRAIL_PIPELINE_PROOF_SUBPROCESS",
+                true,
+                "has no effect: proof workers are always processes",
+            ),
+            no_effect_unless(
                 "GRAIL_PIPELINE_PROOF_FLASH_ATTN",
-                "Has no effect; the attention of proofs always matches the validator's.",
+                false,
+                "has no effect: the attention of proofs always matches the validator's",
             ),
             with_default("GRAIL_PROOF_WORKERS", "2", "Proof workers on the CPU, for --local."),
             optional(
@@ -194,7 +208,7 @@ pub const SECTIONS: &[Section] = &[
                 "the torch of python3 on PATH, if it has one",
                 "Folder with libtorch_cuda.so, for proofs on a GPU.",
             ),
-            no_effect("KERNEL_EVAL_GPU_IDS", "Has no effect; no environment of this version evaluates on a GPU."),
+            no_effect("KERNEL_EVAL_GPU_IDS", "has no effect: no environment of this version evaluates on a GPU"),
         ],
     },
     Section {
@@ -307,7 +321,8 @@ mod tests {
         let names: Vec<_> = all_names().collect();
         assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len());
         for variable in all() {
-            assert!(variable.help.ends_with('.'), "{}", variable.name);
+            let is_sentence = variable.help.ends_with('.');
+            assert_eq!(is_sentence, variable.standing == Active, "{}", variable.name);
             assert_ne!(variable.default.is_empty(), variable.unset.is_empty(), "{}", variable.name);
             assert!(!variable.secret || grail_telemetry::is_secret_name(variable.name), "{}", variable.name);
         }

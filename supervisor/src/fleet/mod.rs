@@ -17,7 +17,7 @@ pub use child::{ChildDefect, sibling_program};
 pub use server::{ModelFacts, ServerSettings};
 pub use workers::{Observers, Target, WorkerSettings, Workers};
 
-use crate::checkpoints::ReadyCheckpoint;
+use crate::checkpoints::{CheckpointFiles, ReadyCheckpoint};
 use crate::generation::Generator;
 use crate::journal::Event;
 use crate::progress::Progress;
@@ -36,6 +36,18 @@ pub enum FleetError {
     NoWorkers { reason: String },
     #[error("the generation server cannot work: {reason}")]
     Server { reason: String },
+}
+
+impl ModelFacts {
+    /// The facts of a checkpoint's files.
+    #[must_use]
+    pub const fn of(files: &CheckpointFiles) -> Self {
+        Self {
+            vocab_size: files.vocab_size,
+            eos_token: files.eos_token,
+            max_position_embeddings: files.max_position_embeddings,
+        }
+    }
 }
 
 /// How children are run.
@@ -86,6 +98,12 @@ impl Fleet {
         self.settings.workers.dtype
     }
 
+    /// Longest sequence, prompt and completion together, that the server takes with `files`' model.
+    #[must_use]
+    pub fn max_model_len(&self, files: &CheckpointFiles) -> u32 {
+        ModelFacts::of(files).max_model_len(self.settings.server.max_model_len)
+    }
+
     /// Brings workers and server to `checkpoint`; true if that was not so before. Both have the same weights afterwards, or
     /// this fails and nothing may be mined.
     ///
@@ -97,7 +115,7 @@ impl Fleet {
             folder: checkpoint.installed.folder.clone(),
             weights: checkpoint.installed.weights_hash,
         };
-        let facts = ModelFacts { vocab_size: checkpoint.files.vocab_size, eos_token: checkpoint.files.eos_token };
+        let facts = ModelFacts::of(&checkpoint.files);
         let key = (target.checkpoint, target.weights);
         let started = self.running.is_some();
         if !started {
@@ -170,16 +188,17 @@ pub async fn single_worker(
     let (journal, _) = mpsc::unbounded_channel();
     let observers = Observers { queue: ProofQueue::start(), journal, progress: Arc::new(Progress::default()) };
     let settings = WorkerSettings { slots: 1, ..settings.clone() };
+    let expected = target.weights;
     let workers = Workers::start(&settings, &runtime, target, &observers);
     if let Err(error) = workers.wait_ready().await {
         workers.shut_down().await;
         return Err(error);
     }
-    match workers.any() {
-        Some(client) => Ok((workers, client)),
-        None => {
-            workers.shut_down().await;
-            Err(FleetError::NoWorkers { reason: "the worker died as soon as it was ready".to_owned() })
-        }
-    }
+    let reason = match workers.any() {
+        Some(client) if client.hello().weights == Some(expected) => return Ok((workers, client)),
+        Some(client) => format!("it loaded weights {:?}, the folder holds {expected}", client.hello().weights),
+        None => "it died as soon as it was ready".to_owned(),
+    };
+    workers.shut_down().await;
+    Err(FleetError::NoWorkers { reason })
 }

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use grail_ipc::messages::{Backend, ServerSpec, SlotId};
+use grail_ipc::generate_api::CONTEXT_RESERVE_TOKENS;
+use grail_ipc::messages::{Backend, ServerSpec, Severity, SlotId};
 use grail_ipc::socket::RuntimeFolder;
-use grail_ipc::{Expected, LauncherClient, LauncherEvent, LauncherEvents};
+use grail_ipc::{Expected, LauncherClient, LauncherEvent, LauncherEvents, RequestError};
 use grail_process::cause::DeathCause;
 use grail_process::restart::RestartPolicy;
 use grail_process::state::State;
@@ -52,6 +53,17 @@ pub struct ServerSettings {
 pub struct ModelFacts {
     pub vocab_size: usize,
     pub eos_token: TokenId,
+    pub max_position_embeddings: usize,
+}
+
+impl ModelFacts {
+    /// The longest sequence that a server of this model can be asked for when `configured` is wanted: a server keeps a few
+    /// tokens of the model's own limit for itself.
+    #[must_use]
+    pub fn max_model_len(&self, configured: u32) -> u32 {
+        let limit = u32::try_from(self.max_position_embeddings).unwrap_or(u32::MAX);
+        configured.min(limit.saturating_sub(CONTEXT_RESERVE_TOKENS))
+    }
 }
 
 /// The kept server.
@@ -189,7 +201,7 @@ impl Keeper {
             let brought = if running {
                 client.update(&target.folder, &label).await.map(|epoch| (None, epoch))
             } else {
-                let started = client.start(self.spec(&target, &label)).await;
+                let started = client.start(self.spec(&target, facts, &label)).await;
                 started.map(|server| (Some(server.url), server.epoch))
             };
             match brought {
@@ -215,6 +227,8 @@ impl Keeper {
                     self.publish_loss(&reason);
                     if self.failures >= MOST_FAILURES || is_hopeless(&error) {
                         self.publish.send_replace(Served::Never(reason));
+                        // The launcher stays until the fleet is shut down: another one would fail in the same way.
+                        drop(client.closed().await);
                         return;
                     }
                     tokio::time::sleep(Duration::from_millis(500) * self.failures).await;
@@ -235,13 +249,14 @@ impl Keeper {
         }
     }
 
-    fn spec(&self, target: &Target, label: &str) -> ServerSpec {
+    fn spec(&self, target: &Target, facts: ModelFacts, label: &str) -> ServerSpec {
+        let max_model_len = facts.max_model_len(self.settings.max_model_len);
         ServerSpec {
             backend: self.settings.backend,
             program: None,
             model_path: target.folder.to_string_lossy().into_owned(),
             weight_version: label.to_owned(),
-            max_model_len: self.settings.max_model_len,
+            max_model_len,
             max_running_requests: self.settings.max_running_requests,
             gpus: self.settings.gpus.clone(),
             random_seed: self.settings.random_seed,
@@ -272,8 +287,12 @@ impl Keeper {
     }
 
     fn publish_loss(&self, cause: &str) {
-        let was_serving = matches!(&*self.publish.borrow(), Served::Weights(..));
-        if matches!(&*self.states.borrow(), State::Stopping { .. } | State::Dead) {
+        let (was_serving, is_over) = match &*self.publish.borrow() {
+            Served::Weights(..) => (true, false),
+            Served::Nothing => (false, false),
+            Served::Never(_) => (false, true),
+        };
+        if is_over || matches!(&*self.states.borrow(), State::Stopping { .. } | State::Dead) {
             return;
         }
         if was_serving {
@@ -286,10 +305,13 @@ impl Keeper {
     }
 }
 
-/// Whether another try would end the same way.
-fn is_hopeless(error: &grail_ipc::RequestError) -> bool {
-    matches!(error, grail_ipc::RequestError::Failed(failed) if failed.severity == grail_ipc::messages::Severity::FatalForGroup)
+/// Whether another try would end the same way: the order itself is wrong.
+fn is_hopeless(error: &RequestError) -> bool {
+    matches!(error, RequestError::Failed(failed) if failed.severity == Severity::FatalForGroup || failed.code == BAD_SPEC)
 }
+
+/// Code of the launcher for an order that no server can fulfil.
+const BAD_SPEC: &str = "bad_spec";
 
 /// The next unasked death of the server; `None` when the connection is over.
 async fn next_death(events: &mut LauncherEvents) -> Option<String> {

@@ -1,0 +1,212 @@
+//! From the command line to an exit code.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Parser;
+use grail_process::ExitCode;
+use grail_protocol::randomness::ChallengeRandomness;
+use grail_telemetry::{Format, Options};
+
+use crate::cli::{self, Cli, Command, ConfigArgs, MineArgs, VerifyArgs};
+use crate::commands::local::LocalSettings;
+use crate::commands::verify::FileOptions;
+use crate::commands::{CommandError, mine, verify};
+use crate::config::{Config, ConfigError, FlagValue, Inputs, Mode, Origin, env_example};
+use crate::engine::with_causes;
+use crate::verify::table;
+
+/// Groups of a window in the embedded default, unless configured: the demo checkpoints know the tasks of this many.
+pub const LOCAL_MAX_GROUPS: u32 = 24;
+
+/// Parses, runs, and says how it ended. Only `main` ends the process.
+#[must_use]
+pub fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are answers, not errors; where nobody reads them any more there is nothing to tell.
+            drop(error.print());
+            return if error.use_stderr() { ExitCode::Usage } else { ExitCode::Done };
+        }
+    };
+    let inputs = |flags: Vec<FlagValue>| Inputs::from_process(cli.global.env_file.clone(), flags);
+    match &cli.command {
+        Command::Mine(args) => mine_command(args, &inputs(args.flag_values()), cli.global.verbose),
+        Command::Verify(args) => verify_command(args, &inputs(args.state.flag_values()), cli.global.verbose),
+        Command::Config(args) => config_command(args, &inputs(Vec::new())),
+        Command::Completions(args) => print(&cli::completions(args.shell)),
+        Command::Man => match cli::manual() {
+            Ok(page) => print(&page),
+            Err(error) => fail(&CommandError::Output(error)),
+        },
+    }
+}
+
+fn mine_command(args: &MineArgs, inputs: &Inputs, verbosity: u8) -> ExitCode {
+    let mode = if args.local { Mode::Local } else { Mode::Network };
+    let config = match Config::load(inputs, mode) {
+        Ok(config) => config,
+        Err(error) => return refuse(&error),
+    };
+    start_logging(&config, verbosity);
+    for warning in config.warnings() {
+        tracing::warn!("{warning}");
+    }
+    if !args.local {
+        eprintln!(
+            "grail-supervisor: error: this build mines the embedded default only; run `grail-supervisor mine --local`"
+        );
+        return ExitCode::Configuration;
+    }
+    let settings = local_settings(args, &config);
+    let windows = args.windows.map(|windows| usize::try_from(windows).unwrap_or(usize::MAX));
+    block_on(async {
+        let summary = mine::local(&settings, windows).await?;
+        Ok((mine::describe(&summary) + "\n", ExitCode::Done))
+    })
+}
+
+fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
+    let limits = &config.limits;
+    let max_groups = match limits.max_groups.origin {
+        Origin::Default => LOCAL_MAX_GROUPS,
+        _ => limits.max_groups.value,
+    };
+    let generation = &config.generation;
+    let size = |value: u32| usize::try_from(value).unwrap_or(usize::MAX);
+    LocalSettings {
+        state_dir: local_state_dir(config),
+        seed: args.seed.clone(),
+        block_time: config.local.block_time.value,
+        use_drand: !args.no_drand,
+        trainer: !args.no_trainer,
+        workers: config.proof.cpu_workers.value,
+        worker_device: "cpu".to_owned(),
+        open_groups: generation.groups_per_batch.value.map(size),
+        max_groups: size(max_groups),
+        max_file_bytes: limits.max_file_bytes.value,
+        safety_blocks: limits.safety_blocks.value,
+        max_model_len: generation.max_model_len.value,
+        max_concurrent: generation.max_concurrent.value.map(size),
+        max_num_seqs: generation.max_num_seqs.value,
+        server_timeout: generation.server_timeout.value,
+    }
+}
+
+/// The embedded default keeps its world apart from a real miner's, unless a folder was named.
+fn local_state_dir(config: &Config) -> PathBuf {
+    let state = &config.folders.state;
+    match state.origin {
+        Origin::Default => state.value.join("local"),
+        _ => state.value.clone(),
+    }
+}
+
+fn verify_command(args: &VerifyArgs, inputs: &Inputs, verbosity: u8) -> ExitCode {
+    let config = match Config::load(inputs, Mode::Local) {
+        Ok(config) => config,
+        Err(error) => return refuse(&error),
+    };
+    start_logging(&config, verbosity);
+    let challenge = match args.challenge_randomness.as_deref().map(challenge_of).transpose() {
+        Ok(challenge) => challenge,
+        Err(detail) => {
+            eprintln!("grail-supervisor: error: --challenge-randomness: {detail}");
+            return ExitCode::Usage;
+        }
+    };
+    let json = args.json;
+    let Some(file) = args.file.clone() else {
+        let state = local_state_dir(&config);
+        return block_on(async {
+            let verdicts = verify::local(&state, challenge, "cpu").await?;
+            let text = if json { to_json(&verdicts)? } else { verdicts.render() };
+            Ok((text, answer(verdicts.is_accepted())))
+        });
+    };
+    let options = FileOptions {
+        file,
+        context: args.context.clone(),
+        model: args.model.clone(),
+        challenge,
+        device: "cpu".to_owned(),
+    };
+    block_on(async {
+        let verified = verify::file(&options).await?;
+        let text = if json { to_json(&verified.report)? } else { table::render(&verified) };
+        Ok((text, answer(verified.report.is_accepted())))
+    })
+}
+
+fn challenge_of(text: &str) -> Result<ChallengeRandomness, String> {
+    text.trim().trim_start_matches("0x").to_lowercase().parse().map_err(|error| with_causes(&error))
+}
+
+fn answer(accepted: bool) -> ExitCode {
+    if accepted { ExitCode::Done } else { ExitCode::No }
+}
+
+fn config_command(args: &ConfigArgs, inputs: &Inputs) -> ExitCode {
+    if args.example {
+        return print(env_example().as_bytes());
+    }
+    let mode = if args.local { Mode::Local } else { Mode::Network };
+    let (report, problems) = match Config::load(inputs, mode) {
+        Ok(config) => (config.describe().clone(), Vec::new()),
+        Err(error) => (error.report.clone(), error.problems),
+    };
+    let text = if args.json { format!("{:#}\n", report.to_json(&problems)) } else { report.to_text(&problems) };
+    match print(text.as_bytes()) {
+        ExitCode::Done if !problems.is_empty() => ExitCode::Configuration,
+        code => code,
+    }
+}
+
+fn start_logging(config: &Config, verbosity: u8) {
+    let options = Options { verbosity, format: Format::default(), directives: config.log.value.clone() };
+    if let Err(error) = grail_telemetry::init(&options) {
+        eprintln!("grail-supervisor: warning: logging: {}", with_causes(&error));
+    }
+}
+
+fn block_on(work: impl Future<Output = Result<(String, ExitCode), CommandError>>) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&CommandError::Runtime(error)),
+    };
+    match runtime.block_on(work) {
+        Ok((text, code)) => match print(text.as_bytes()) {
+            ExitCode::Done => code,
+            failed => failed,
+        },
+        Err(error) => fail(&error),
+    }
+}
+
+fn to_json(value: &impl serde::Serialize) -> Result<String, CommandError> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| CommandError::Output(error.into()))?;
+    Ok(text + "\n")
+}
+
+/// Standard output is data. A reader that has gone away is no failure.
+fn print(bytes: &[u8]) -> ExitCode {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Ok(()) => ExitCode::Done,
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::Done,
+        Err(error) => fail(&CommandError::Output(error)),
+    }
+}
+
+fn fail(error: &CommandError) -> ExitCode {
+    eprintln!("grail-supervisor: error: {}", with_causes(error));
+    error.exit_code()
+}
+
+fn refuse(error: &ConfigError) -> ExitCode {
+    eprintln!(
+        "grail-supervisor: error: the configuration is wrong; `grail-supervisor config` shows all of it\n{error}"
+    );
+    ExitCode::Configuration
+}

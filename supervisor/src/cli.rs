@@ -1,0 +1,344 @@
+//! The command line: definitions only, so that help, completions and the manual page come from one place.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueHint};
+use clap_complete::Shell;
+use grail_process::ExitCode;
+
+use crate::config::FlagValue;
+
+/// Runs a GRAIL miner on this host.
+#[derive(Debug, Parser)]
+#[command(
+    name = "grail-supervisor",
+    version,
+    max_term_width = 100,
+    long_about = "Runs a GRAIL miner on this host: follows the chain's windows, generates and proves groups of rollouts in \
+                  child processes, and uploads one signed file per window. `mine --local` does all of it on this machine \
+                  alone, without GPU, account, chain or bucket.",
+    after_long_help = ExitCode::table(),
+    after_help = "`--help` explains more, with the exit codes.",
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: GlobalArgs,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options that every command takes, before or after its name.
+#[derive(Debug, Clone, Args)]
+pub struct GlobalArgs {
+    /// Log more: -v adds our own details, -vv those of libraries.
+    ///
+    /// GRAIL_LOG sets a filter of its own and wins.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, display_order = 900)]
+    pub verbose: u8,
+
+    /// Read variables from this file instead of `.env` in the working directory.
+    ///
+    /// The process environment wins over the file. An absent `.env` is no error, an absent FILE is.
+    #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath, display_order = 901)]
+    pub env_file: Option<PathBuf>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Mine windows until stopped.
+    #[command(
+        long_about = "Mines windows until stopped. The first SIGINT or SIGTERM ends admission, finishes what is proved and \
+                            uploads the window if its deadline allows; a second one ends at once. Signed groups are in the \
+                            spool and survive every crash."
+    )]
+    Mine(MineArgs),
+
+    /// Check a window file as a validator would.
+    #[command(
+        long_about = "Checks a window file with the validator's nine checks: once over the sample that one challenge \
+                            randomness selects, once over all rows, and says how exactly sketches and logprobs agree with a \
+                            forward pass of our own. Exit status 0 if everything is accepted, else 1."
+    )]
+    Verify(VerifyArgs),
+
+    /// Show the configuration in force, and where each value comes from.
+    #[command(
+        long_about = "Shows every variable with the value in force and its origin: default, file and line, environment, \
+                            or option. Secrets are redacted. All problems are listed at once; exit status 78 if there is one."
+    )]
+    Config(ConfigArgs),
+
+    /// Print a completion script for a shell.
+    #[command(long_about = "Prints a completion script. For bash, for instance: \
+                            grail-supervisor completions bash > ~/.local/share/bash-completion/completions/grail-supervisor")]
+    Completions(CompletionsArgs),
+
+    /// Print the manual page.
+    #[command(long_about = "Prints the manual page in roff. To read it: grail-supervisor man | man -l -")]
+    Man,
+}
+
+/// Options of `mine`.
+#[derive(Debug, Clone, Args)]
+pub struct MineArgs {
+    /// Mine the embedded default: simulated chain, local store, CPU.
+    ///
+    /// Needs no GPU, account, chain or bucket. Two demonstration checkpoints ship with the program; the second one becomes
+    /// ready during the first window, so that the second window begins with a checkpoint roll.
+    #[arg(long)]
+    pub local: bool,
+
+    /// Stop after N windows have been uploaded.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub windows: Option<u64>,
+
+    /// Text from which the hotkey and the chain of --local follow.
+    ///
+    /// The same text gives the same tasks. A state folder keeps the seed it was made with.
+    #[arg(long, value_name = "TEXT", requires = "local")]
+    pub seed: Option<String>,
+
+    /// Mix the window's randomness from the block hash alone.
+    ///
+    /// Without this option the latest drand beacon is mixed in; if no relay answers, the block hash alone is used too.
+    #[arg(long, overrides_with = "use_drand")]
+    pub no_drand: bool,
+
+    /// Mix drand into the window's randomness (the default).
+    #[arg(long, hide = true, overrides_with = "no_drand")]
+    pub use_drand: bool,
+
+    #[command(flatten)]
+    pub state: StateArgs,
+
+    /// Mine from the checkpoints that the local store holds; publish none.
+    #[arg(long, requires = "local")]
+    pub no_trainer: bool,
+
+    /// Length of a simulated block in milliseconds [GRAIL_LOCAL_BLOCK_MS].
+    #[arg(long, value_name = "MS", requires = "local")]
+    pub block_ms: Option<u64>,
+
+    /// Groups after which a window is full [GRAIL_MAX_GROUPS_PER_WINDOW; 24 with --local].
+    #[arg(long, value_name = "N")]
+    pub max_groups: Option<u32>,
+}
+
+/// Where the state lies.
+#[derive(Debug, Clone, Args)]
+pub struct StateArgs {
+    /// Folder of spool, journal, window files and the local store [GRAIL_STATE_DIR].
+    #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// Options of `verify`.
+#[derive(Debug, Clone, Args)]
+#[command(group = ArgGroup::new("what").required(true).args(["file", "local"]))]
+pub struct VerifyArgs {
+    /// Window file to check; its facts are in FILE.context.json or --context.
+    #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub file: Option<PathBuf>,
+
+    /// Check every window file of the local demonstration.
+    #[arg(long)]
+    pub local: bool,
+
+    /// Facts about the window: hotkey, hashes, checkpoint, environment, sampling.
+    ///
+    /// Paths in it are relative to it. `mine` writes one beside each window file.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "local")]
+    pub context: Option<PathBuf>,
+
+    /// Randomness that selects the challenged positions and the sample.
+    ///
+    /// Hexadecimal. Without it the context's is used, else a fresh one.
+    #[arg(long, value_name = "HEX", value_parser = hexadecimal)]
+    pub challenge_randomness: Option<String>,
+
+    /// Folder of the model to check with, instead of the context's.
+    #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+    pub model: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub state: StateArgs,
+
+    /// Print one JSON document instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `config`.
+#[derive(Debug, Clone, Args)]
+pub struct ConfigArgs {
+    /// Check what `mine --local` needs, not what a network needs.
+    #[arg(long, conflicts_with = "example")]
+    pub local: bool,
+
+    /// Print one JSON document instead of a table.
+    #[arg(long, conflicts_with = "example")]
+    pub json: bool,
+
+    /// Print a commented template for `.env`.
+    #[arg(long)]
+    pub example: bool,
+}
+
+/// Options of `completions`.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct CompletionsArgs {
+    /// Shell to complete for.
+    #[arg(value_name = "SHELL")]
+    pub shell: Shell,
+}
+
+impl MineArgs {
+    /// The options that stand for variables.
+    #[must_use]
+    pub fn flag_values(&self) -> Vec<FlagValue> {
+        let block_ms = self.block_ms.map(|ms| ("GRAIL_LOCAL_BLOCK_MS", "--block-ms", ms.to_string()));
+        let max_groups =
+            self.max_groups.map(|groups| ("GRAIL_MAX_GROUPS_PER_WINDOW", "--max-groups", groups.to_string()));
+        let own = block_ms.into_iter().chain(max_groups);
+        let own = own.map(|(variable, flag, value)| FlagValue { variable, flag, value });
+        own.chain(self.state.flag_values()).collect()
+    }
+}
+
+impl StateArgs {
+    /// The options that stand for variables.
+    #[must_use]
+    pub fn flag_values(&self) -> Vec<FlagValue> {
+        let folder = self.state_dir.as_ref().map(|folder| folder.display().to_string());
+        folder.map(|value| FlagValue { variable: "GRAIL_STATE_DIR", flag: "--state-dir", value }).into_iter().collect()
+    }
+}
+
+/// The completion script for a shell.
+#[must_use]
+pub fn completions(shell: Shell) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "grail-supervisor", &mut script);
+    script
+}
+
+/// The manual page of the program, with all commands.
+///
+/// # Errors
+/// None in practice: the page is written to memory.
+pub fn manual() -> std::io::Result<Vec<u8>> {
+    let mut page = Vec::new();
+    let mut command = Cli::command();
+    command.build();
+    clap_mangen::Man::new(command.clone()).render(&mut page)?;
+    for subcommand in command.get_subcommands().filter(|subcommand| subcommand.get_name() != "help") {
+        clap_mangen::Man::new(subcommand.clone()).render(&mut page)?;
+    }
+    Ok(page)
+}
+
+fn hexadecimal(text: &str) -> Result<String, String> {
+    let digits = text.trim().trim_start_matches("0x");
+    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Err("hexadecimal digits are expected, for instance 64 of them".to_owned());
+    }
+    Ok(text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from([&["grail-supervisor"], words].concat())
+    }
+
+    fn long_help(path: &[&str]) -> String {
+        let mut command = Cli::command().term_width(100);
+        command.build();
+        let mut found = &mut command;
+        for name in path {
+            found = found.find_subcommand_mut(name).unwrap();
+        }
+        found.render_long_help().to_string()
+    }
+
+    #[test]
+    fn definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_texts() {
+        insta::assert_snapshot!("help", long_help(&[]));
+        for name in ["mine", "verify", "config", "completions", "man"] {
+            insta::assert_snapshot!(format!("help_{name}"), long_help(&[name]));
+        }
+    }
+
+    #[test]
+    fn the_help_lists_every_exit_code() {
+        let help = long_help(&[]);
+        assert!(ExitCode::ALL.iter().all(|code| help.contains(code.meaning())), "{help}");
+    }
+
+    #[test]
+    fn verbosity_and_file_are_read_before_and_after_the_command() {
+        for words in [["-vv", "--env-file", "x", "mine"], ["mine", "--env-file", "x", "-vv"]] {
+            let cli = parse(&words).unwrap();
+            assert_eq!((cli.global.verbose, cli.global.env_file), (2, Some(PathBuf::from("x"))), "{words:?}");
+        }
+        assert_eq!(parse(&["-v", "config"]).unwrap().global.verbose, 1);
+    }
+
+    #[test]
+    fn options_that_stand_for_variables_name_themselves() {
+        let cli = parse(&["mine", "--local", "--block-ms", "500", "--max-groups", "12", "--state-dir", "/s"]).unwrap();
+        let Command::Mine(args) = cli.command else { panic!("mine was asked for") };
+        let values = args.flag_values();
+        let texts: Vec<_> = values.iter().map(|value| (value.flag, value.value.as_str())).collect();
+        assert_eq!(texts, [("--block-ms", "500"), ("--max-groups", "12"), ("--state-dir", "/s")]);
+        assert!(values.iter().all(|value| {
+            crate::config::SECTIONS
+                .iter()
+                .flat_map(|section| section.variables)
+                .any(|variable| variable.name == value.variable)
+        }));
+    }
+
+    #[test]
+    fn usage_errors() {
+        for words in [
+            &["verify"][..],
+            &["verify", "f", "--local"],
+            &["verify", "--local", "--context", "c"],
+            &["verify", "f", "--challenge-randomness", "xyz"],
+            &["mine", "--windows", "0"],
+            &["mine", "--seed", "s"],
+            &["config", "--json", "--example"],
+            &["completions", "tcsh"],
+            &["plan"],
+        ] {
+            let error = parse(words).unwrap_err();
+            assert_eq!(error.exit_code(), i32::from(ExitCode::Usage.number()), "{words:?}: {error}");
+        }
+        for words in [&["verify", "f"][..], &["verify", "--local"], &["mine", "--no-drand"], &["mine", "--use-drand"]] {
+            parse(words).unwrap();
+        }
+    }
+
+    #[test]
+    fn every_shell_gets_a_script_and_the_manual_has_every_command() {
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish, Shell::Elvish, Shell::PowerShell] {
+            let script = String::from_utf8(completions(shell)).unwrap();
+            assert!(script.contains("--challenge-randomness") || script.contains("challenge-randomness"), "{shell}");
+        }
+        let page = String::from_utf8(manual().unwrap()).unwrap();
+        for word in ["mine", "verify", "config", "completions", "temporary failure, start again"] {
+            assert!(page.contains(word), "{word}");
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! The embedded default: simulated chain, directory store, demo checkpoints, CPU workers and the builtin server.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use grail_checkpoint::{CheckpointCache, CheckpointStore};
+use grail_ipc::messages::Backend;
+use grail_protocol::gate::TimeGate;
+use grail_protocol::keys::{DEMO_HOTKEY_URI, Keypair};
+use object_store::ObjectStore;
+use object_store::local::LocalFileSystem;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::CommandError;
+use crate::beacon::Beacon;
+use crate::chain::{Chain, LocalChain, LocalChainSettings};
+use crate::checkpoints::Checkpoints;
+use crate::demo::Demo;
+use crate::engine::{Engine, Limits};
+use crate::environments::EnvironmentSource;
+use crate::fleet::{Fleet, FleetSettings, ServerSettings, WorkerSettings, sibling_program};
+use crate::journal::{Event, Journal};
+use crate::miner::Miner;
+use crate::progress::Progress;
+use crate::state::StateDir;
+use crate::store::WindowStore;
+use crate::trainer::LocalTrainer;
+
+/// Settings of a local world, resolved.
+#[derive(Debug, Clone)]
+pub struct LocalSettings {
+    pub state_dir: PathBuf,
+    pub seed: Option<String>,
+    pub block_time: Option<Duration>,
+    pub use_drand: bool,
+    /// Whether the demo checkpoints are published into the local store; without, it must hold some.
+    pub trainer: bool,
+    pub workers: u32,
+    pub worker_device: String,
+    pub open_groups: Option<usize>,
+    pub max_groups: usize,
+    pub max_file_bytes: u64,
+    pub safety_blocks: u32,
+    pub max_model_len: u32,
+    pub max_concurrent: Option<usize>,
+    pub max_num_seqs: Option<u32>,
+    pub server_timeout: Duration,
+}
+
+/// Requests in flight at the builtin server when nothing else is configured: its own batch.
+const BUILTIN_CONCURRENT: usize = 64;
+
+/// A local world, ready to mine in.
+#[derive(Debug)]
+pub struct LocalWorld {
+    pub miner: Miner,
+    pub trainer: Option<LocalTrainer>,
+    /// Events of the children, for the journal.
+    pub events: mpsc::UnboundedReceiver<Event>,
+    pub progress: Arc<Progress>,
+    pub started: Instant,
+}
+
+/// Folder for sockets: short, because socket paths are limited to 107 bytes.
+pub(super) fn runtime_dir(purpose: &str) -> PathBuf {
+    let base = std::env::var_os("GRAIL_RUNTIME_DIR").or_else(|| std::env::var_os("XDG_RUNTIME_DIR"));
+    let base = base.map_or_else(std::env::temp_dir, PathBuf::from);
+    base.join(format!("grail-{purpose}-{}", std::process::id()))
+}
+
+/// Opens or makes the world of `settings`.
+///
+/// # Errors
+/// [`CommandError`] names what is missing or cannot be written.
+pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> {
+    let state = StateDir::open(&settings.state_dir)?;
+    let demo = Demo::unpack(&state.demo())?;
+    let objects = open_store(&state.store())?;
+    let checkpoint_store = CheckpointStore::new(objects.clone());
+    let chain_settings = LocalChainSettings { seed: settings.seed.clone(), block_time: settings.block_time };
+    let mut trainer = None;
+    // Publishing takes a moment, and the clock of a new chain starts with it: publish first.
+    let local = if settings.trainer {
+        let publisher = LocalTrainer { store: checkpoint_store.clone(), demo: demo.clone() };
+        publisher.publish_first().await?;
+        trainer = Some(publisher);
+        Arc::new(LocalChain::open_or_start(state.root(), &chain_settings)?)
+    } else {
+        Arc::new(LocalChain::open_or_start(state.root(), &chain_settings)?)
+    };
+    let chain: Arc<dyn Chain> = local.clone();
+    let beacon = if settings.use_drand { Beacon::Local(local) } else { Beacon::BlockHashOnly };
+
+    let mut journal = Journal::open(state.root()).map_err(|source| crate::state::StateError::Io {
+        action: "open the journal in",
+        path: state.root().to_owned(),
+        source,
+    })?;
+    journal.record(Event::Started { pid: std::process::id(), build: env!("CARGO_PKG_VERSION").to_owned() });
+    let (notes, events) = mpsc::unbounded_channel();
+    let progress = Arc::new(Progress::default());
+    let started = Instant::now();
+    let engine = Engine {
+        chain: chain.clone(),
+        store: WindowStore::new(objects),
+        spool_dir: state.spool(),
+        windows_dir: state.windows(),
+        limits: limits(settings),
+        gate: TimeGate::new(settings.safety_blocks).with_block_time(chain.nominal_block_time()),
+        journal,
+        started,
+    };
+    let miner = Miner {
+        checkpoints: Checkpoints::new(checkpoint_store, CheckpointCache::open(state.checkpoints())?),
+        environments: EnvironmentSource::new(demo.dataset_rows),
+        fleet: Fleet::new(fleet_settings(settings)?, notes, progress.clone()),
+        signer: Arc::new(Keypair::from_uri(DEMO_HOTKEY_URI)?),
+        progress: progress.clone(),
+        state,
+        chain,
+        beacon,
+        engine,
+    };
+    Ok(LocalWorld { miner, trainer, events, progress, started })
+}
+
+/// The directory store under `path`.
+///
+/// # Errors
+/// If the folder cannot be made or opened.
+pub fn open_store(path: &Path) -> Result<Arc<dyn ObjectStore>, CommandError> {
+    let failed = |source| CommandError::Store { path: path.to_owned(), source };
+    std::fs::create_dir_all(path)
+        .map_err(|error| failed(object_store::Error::Generic { store: "local", source: error.into() }))?;
+    Ok(Arc::new(LocalFileSystem::new_with_prefix(path).map_err(failed)?))
+}
+
+fn limits(settings: &LocalSettings) -> Limits {
+    let concurrent = settings.max_concurrent.unwrap_or(BUILTIN_CONCURRENT);
+    let automatic = crate::engine::automatic_open_groups(Some(concurrent), settings.workers as usize);
+    Limits {
+        open_groups: settings.open_groups.unwrap_or(automatic).max(1),
+        max_groups: settings.max_groups,
+        max_file_bytes: settings.max_file_bytes,
+    }
+}
+
+fn fleet_settings(settings: &LocalSettings) -> Result<FleetSettings, CommandError> {
+    Ok(FleetSettings {
+        runtime_dir: runtime_dir("mine"),
+        workers: worker_settings(settings.workers, &settings.worker_device)?,
+        server: ServerSettings {
+            launcher: sibling_program("grail-gen-launcher")?,
+            backend: Backend::Builtin,
+            max_model_len: settings.max_model_len,
+            max_running_requests: settings.max_num_seqs.or_else(|| u32::try_from(BUILTIN_CONCURRENT).ok()),
+            gpus: Vec::new(),
+            random_seed: None,
+            threads: Some(1),
+            start_limit: settings.server_timeout,
+            max_concurrent: settings.max_concurrent.unwrap_or(BUILTIN_CONCURRENT),
+            request_limit: settings.server_timeout,
+        },
+    })
+}
+
+/// Workers that share the host's cores evenly.
+///
+/// # Errors
+/// If the worker's program is missing.
+pub fn worker_settings(slots: u32, device: &str) -> Result<WorkerSettings, CommandError> {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    Ok(WorkerSettings {
+        program: sibling_program("grail-proof-worker")?,
+        slots,
+        device: device.to_owned(),
+        dtype: if device == "cpu" { "float32" } else { "bfloat16" },
+        threads: (cores / slots.max(1) as usize).max(1),
+        start_limit: Duration::from_secs(180),
+        reload_limit: Duration::from_secs(120),
+    })
+}

@@ -1,0 +1,155 @@
+//! What the subcommands do.
+
+pub mod local;
+pub mod mine;
+pub mod verify;
+
+use grail_process::ExitCode;
+
+use crate::chain::LocalChainError;
+use crate::checkpoints::{CheckpointError, FilesError};
+use crate::engine::EngineError;
+use crate::fleet::FleetError;
+use crate::miner::MineError;
+use crate::seal::SealError;
+use crate::spool::SpoolError;
+use crate::state::StateError;
+use crate::verify::VerifyError;
+use crate::verify::context::ContextError;
+
+/// A command that failed: what to say, and the code to exit with.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CommandError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    LocalChain(#[from] LocalChainError),
+    #[error(transparent)]
+    Chain(#[from] crate::chain::ChainError),
+    #[error(transparent)]
+    Demo(#[from] crate::demo::DemoError),
+    #[error(transparent)]
+    Trainer(#[from] crate::trainer::TrainerError),
+    #[error(transparent)]
+    Fleet(#[from] FleetError),
+    #[error(transparent)]
+    Child(#[from] crate::fleet::ChildDefect),
+    #[error(transparent)]
+    Mine(#[from] MineError),
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+    #[error(transparent)]
+    Context(#[from] ContextError),
+    #[error("open the local store {}", path.display())]
+    Store { path: std::path::PathBuf, source: object_store::Error },
+    #[error("open the checkpoint cache")]
+    Cache(#[from] grail_checkpoint::CacheError),
+    #[error("derive the demo key")]
+    Key(#[from] grail_protocol::keys::KeyError),
+    #[error("read {}: {source}; give the path of a window file", path.display())]
+    WindowFile { path: std::path::PathBuf, source: std::io::Error },
+    #[error("{}: {detail}", path.display())]
+    NoContext { path: std::path::PathBuf, detail: String },
+    #[error("hash the weights of the context's model_dir")]
+    Weights { source: grail_checkpoint::WeightsError },
+    #[error("write to standard output")]
+    Output(#[source] std::io::Error),
+    #[error("start the asynchronous runtime")]
+    Runtime(#[source] std::io::Error),
+}
+
+impl CommandError {
+    /// The code of the public table that fits.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::State(StateError::Malformed { .. }) | Self::LocalChain(LocalChainError::Malformed { .. }) => {
+                ExitCode::BadData
+            }
+            Self::State(_) => ExitCode::CannotWrite,
+            Self::LocalChain(error) => of_local_chain(error),
+            Self::Chain(_) => ExitCode::Unavailable,
+            Self::Demo(crate::demo::DemoError::Unpack { .. }) | Self::Store { .. } => ExitCode::CannotWrite,
+            Self::Demo(_) | Self::Key(_) | Self::Runtime(_) => ExitCode::Bug,
+            Self::Trainer(_) | Self::Cache(_) | Self::Output(_) => ExitCode::CannotWrite,
+            Self::Fleet(error) => of_fleet(error),
+            Self::Child(_) => ExitCode::MissingInput,
+            Self::Mine(error) => of_mine(error),
+            Self::Verify(error) => of_verify(error),
+            Self::Weights { .. } => ExitCode::BadData,
+            Self::Context(error) => of_context(error),
+            Self::WindowFile { .. } | Self::NoContext { .. } => ExitCode::MissingInput,
+        }
+    }
+}
+
+fn of_local_chain(error: &LocalChainError) -> ExitCode {
+    match error {
+        LocalChainError::Absent { .. } => ExitCode::MissingInput,
+        LocalChainError::Differs { .. } => ExitCode::Usage,
+        LocalChainError::Write { .. } => ExitCode::CannotWrite,
+        _ => ExitCode::BadData,
+    }
+}
+
+fn of_fleet(error: &FleetError) -> ExitCode {
+    match error {
+        FleetError::Child(_) => ExitCode::MissingInput,
+        FleetError::Socket(_) => ExitCode::CannotWrite,
+        // The child said with its own exit code that its data is wrong; starting again would not help.
+        FleetError::NoWorkers { reason } | FleetError::Server { reason } if is_bad_data(reason) => ExitCode::BadData,
+        FleetError::NoWorkers { .. } | FleetError::Server { .. } => ExitCode::Temporary,
+    }
+}
+
+/// Children give their reason as text; the code in it is the public one.
+fn is_bad_data(reason: &str) -> bool {
+    reason.contains(&format!("exit code {}", ExitCode::BadData.number()))
+}
+
+fn of_mine(error: &MineError) -> ExitCode {
+    match error {
+        MineError::Chain(_) => ExitCode::Unavailable,
+        MineError::State(_) => ExitCode::CannotWrite,
+        MineError::Fleet(error) => of_fleet(error),
+        MineError::FirstCheckpoint(error) => of_checkpoint(error),
+        MineError::Engine(error) => match error {
+            EngineError::NoWorkers => ExitCode::Temporary,
+            EngineError::Chain(_) => ExitCode::Unavailable,
+            EngineError::Spool(SpoolError::NotASpool { .. } | SpoolError::OtherWindow { .. }) => ExitCode::BadData,
+            EngineError::Spool(_) | EngineError::Seal(SealError::Keep { .. }) => ExitCode::CannotWrite,
+            EngineError::Seal(_) | EngineError::Task(_) => ExitCode::Bug,
+        },
+    }
+}
+
+fn of_checkpoint(error: &CheckpointError) -> ExitCode {
+    match error {
+        CheckpointError::Choose(grail_checkpoint::ChooseError::NoneReady { .. }) => ExitCode::MissingInput,
+        CheckpointError::Choose(_) | CheckpointError::Metadata { .. } => ExitCode::Unavailable,
+        CheckpointError::Install { source, .. } if is_storage_full(source) => ExitCode::CannotWrite,
+        CheckpointError::Files { source: FilesError::Task(_), .. } => ExitCode::Bug,
+        _ => ExitCode::BadData,
+    }
+}
+
+fn is_storage_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    grail_checkpoint::store::is_storage_full(error)
+}
+
+fn of_verify(error: &VerifyError) -> ExitCode {
+    match error {
+        VerifyError::Context(error) => of_context(error),
+        VerifyError::Worker { .. } => ExitCode::Temporary,
+        VerifyError::Missing(_) | VerifyError::Task(_) => ExitCode::Bug,
+        _ => ExitCode::BadData,
+    }
+}
+
+fn of_context(error: &ContextError) -> ExitCode {
+    match error {
+        ContextError::Read { .. } => ExitCode::MissingInput,
+        ContextError::Malformed { .. } | ContextError::Contradiction { .. } => ExitCode::BadData,
+    }
+}

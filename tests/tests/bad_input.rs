@@ -1,0 +1,202 @@
+//! Bad input: one clear error with the value and the remedy, the documented exit code, nothing lost.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use grail_checkpoint::{CheckpointStore, GenerationParams, MetadataInput, ThinkingModeName, publish_full};
+use grail_protocol::ids::CheckpointWindow;
+use grail_tests::binaries::{Finished, Run};
+
+fn supervisor(arguments: &[&str], folder: &Path) -> Finished {
+    Run::start("grail-supervisor", arguments, folder, &[]).wait()
+}
+
+/// One error line on standard error that names all of `words`.
+fn assert_refused(finished: &Finished, code: i32, words: &[&str]) {
+    assert_eq!(finished.code, Some(code), "{finished:#?}");
+    let error = finished.stderr.lines().filter(|line| line.contains("error")).collect::<Vec<_>>().join("\n");
+    for word in words {
+        assert!(finished.stderr.contains(word), "{word:?} is missing in: {error}\n{}", finished.stderr);
+    }
+    assert!(!finished.stderr.contains("panicked"), "{}", finished.stderr);
+}
+
+/// A copy of a model of the golden vectors that may be damaged.
+fn model(folder: &Path) -> PathBuf {
+    let copy = folder.join("model");
+    std::fs::create_dir_all(&copy).unwrap();
+    let source = grail_golden::path("models/qwen2-tied");
+    for entry in std::fs::read_dir(source).unwrap() {
+        let entry = entry.unwrap();
+        if !entry.file_name().to_string_lossy().starts_with("expected") {
+            let to = copy.join(entry.file_name());
+            std::fs::copy(entry.path(), to).unwrap();
+        }
+    }
+    copy
+}
+
+/// Publishes `model` as the one checkpoint of a local world and mines there.
+fn mine_with(model: &Path, folder: &Path) -> Finished {
+    let state = folder.join("state");
+    let store = state.join("store");
+    std::fs::create_dir_all(&store).unwrap();
+    let input = MetadataInput {
+        env_id: "gsm8k".into(),
+        env_params: serde_json::json!({"split": "train"}).as_object().unwrap().clone(),
+        generation: GenerationParams::from_json(&serde_json::json!({
+            "max_tokens": 48, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0
+        }))
+        .unwrap(),
+        thinking_mode: ThinkingModeName::Instructed,
+        model_name: "tiny".into(),
+        parent_window: None,
+        training_config: serde_json::Map::new(),
+        git_commit: "test".into(),
+        created_at: 0.0,
+    };
+    let objects = object_store::local::LocalFileSystem::new_with_prefix(&store).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let store = CheckpointStore::new(Arc::new(objects));
+    let published = runtime.block_on(publish_full(&store, CheckpointWindow(2_940), model, &input, 2_970));
+    published.unwrap();
+    supervisor(
+        &[
+            "mine",
+            "--local",
+            "--no-trainer",
+            "--windows",
+            "1",
+            "--state-dir",
+            state.to_str().unwrap(),
+            "--block-ms",
+            "400",
+        ],
+        folder,
+    )
+}
+
+#[test]
+fn an_unreadable_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join(".env"), "GRAIL_PIPELINE_MAX_MODEL_LEN=many\n").unwrap();
+    let refused = supervisor(&["mine", "--local"], folder.path());
+    assert_refused(&refused, 78, &["GRAIL_PIPELINE_MAX_MODEL_LEN", "many", ".env"]);
+    let absent = supervisor(&["--env-file", "nowhere.env", "mine", "--local"], folder.path());
+    assert_refused(&absent, 78, &["nowhere.env"]);
+}
+
+#[test]
+fn an_empty_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("state");
+    let arguments = ["mine", "--local", "--no-trainer", "--state-dir", state.to_str().unwrap(), "--block-ms", "100"];
+    assert_refused(&supervisor(&arguments, folder.path()), 66, &["no checkpoint", "3000"]);
+}
+
+#[test]
+fn a_missing_tensor() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    rename_tensor(&model.join("model.safetensors"), "model.norm.weight", "model.nrom.weight");
+    assert_refused(&mine_with(&model, folder.path()), 65, &["model.norm.weight"]);
+}
+
+#[test]
+fn a_wrong_dtype() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let path = model.join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    // Sixteen bits stay sixteen bits, so the file is well-formed; only no weights are integers.
+    let place = find(&bytes, b"\"BF16\"").unwrap();
+    bytes[place..place + 6].copy_from_slice(b"\"I16\" ");
+    std::fs::write(&path, bytes).unwrap();
+    assert_refused(&mine_with(&model, folder.path()), 65, &["I16"]);
+}
+
+#[test]
+fn a_broken_tokenizer() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    std::fs::write(model.join("tokenizer.json"), "{\"version\": ").unwrap();
+    assert_refused(&mine_with(&model, folder.path()), 65, &["tokenizer.json"]);
+}
+
+#[test]
+fn a_wrong_file_given_to_verify() {
+    let folder = tempfile::tempdir().unwrap();
+    let vectors: serde_json::Value = grail_golden::json("protocol/window_verdicts.json");
+    let mut context = vectors["context"].clone();
+    context["model_dir"] = grail_golden::path("models/qwen3-tied").to_str().unwrap().into();
+    let rows = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/environments/data/gsm_train.jsonl.gz");
+    context["dataset_rows"] = rows.canonicalize().unwrap().to_str().unwrap().into();
+    let context_path = folder.path().join("context.json");
+    std::fs::write(&context_path, context.to_string()).unwrap();
+    let file = folder.path().join("notes.txt");
+    std::fs::write(&file, "this is no window file, but it is longer than twelve bytes").unwrap();
+    let arguments = ["verify", "notes.txt", "--context", "context.json", "--json"];
+    let refused = supervisor(&arguments, folder.path());
+    assert_eq!(refused.code, Some(1), "{refused:#?}");
+    let report: serde_json::Value = serde_json::from_str(&refused.stdout).unwrap();
+    assert_eq!(report["verdict"], "file-rejected");
+    assert_eq!(report["failure_reason"], "file:corrupt_parquet");
+
+    let absent = supervisor(&["verify", "nothing.parquet", "--context", "context.json"], folder.path());
+    assert_refused(&absent, 66, &["nothing.parquet"]);
+    let contradiction = {
+        context["vocab_size"] = 7.into();
+        std::fs::write(&context_path, context.to_string()).unwrap();
+        supervisor(&arguments, folder.path())
+    };
+    assert_refused(&contradiction, 65, &["vocab_size", "7", "512"]);
+}
+
+#[test]
+fn a_full_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let small = folder.path().join("small");
+    std::fs::create_dir(&small).unwrap();
+    let Some(_mounted) = SmallDisk::mount(&small) else {
+        println!("skipped: a tmpfs cannot be mounted here (not permitted)");
+        return;
+    };
+    let state = small.join("state");
+    let arguments = ["mine", "--local", "--windows", "1", "--state-dir", state.to_str().unwrap(), "--block-ms", "400"];
+    let refused = supervisor(&arguments, folder.path());
+    assert_refused(&refused, 73, &["small", "space"]);
+    // What was spooled before can be read.
+    if let Ok(entries) = std::fs::read_dir(state.join("spool")) {
+        for entry in entries {
+            grail_supervisor::spool::read(&entry.unwrap().path()).unwrap();
+        }
+    }
+}
+
+/// A file system of a few MiB that goes with the test.
+struct SmallDisk<'a>(&'a Path);
+
+impl<'a> SmallDisk<'a> {
+    fn mount(at: &'a Path) -> Option<Self> {
+        use nix::mount::{MsFlags, mount};
+        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some("size=3m")).ok()?;
+        Some(Self(at))
+    }
+}
+
+impl Drop for SmallDisk<'_> {
+    fn drop(&mut self) {
+        nix::mount::umount2(self.0, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+fn rename_tensor(path: &Path, from: &str, to: &str) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let place = find(&bytes, from.as_bytes()).unwrap();
+    bytes[place..place + from.len()].copy_from_slice(to.as_bytes());
+    std::fs::write(path, bytes).unwrap();
+}
+
+fn find(bytes: &[u8], needle: &[u8]) -> Option<usize> {
+    bytes.windows(needle.len()).position(|window| window == needle)
+}
