@@ -1,5 +1,7 @@
 //! Children as real processes.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -208,7 +210,8 @@ async fn a_patient_child_ends_by_itself_and_a_deaf_one_is_killed() {
 
 #[tokio::test]
 async fn a_stopped_process_can_be_killed() {
-    let (spec, mut witness) = witnessed("say; exec sleep 1000");
+    // A signal that it handles waits until it goes on.
+    let (spec, mut witness) = witnessed("trap 'exit 7' TERM; say; while :; do sleep 0.01; done");
     let child = spawn(spec).await.unwrap();
     witness.alive(1).await;
     child.signal(Signal::SIGSTOP).unwrap();
