@@ -51,10 +51,8 @@ pub fn push_float(out: &mut String, number: f64) {
     if number.is_infinite() {
         return out.push_str(if number > 0.0 { "Infinity" } else { "-Infinity" });
     }
-    let mut scientific = StackText::default();
-    write!(scientific, "{number:e}").expect("17 digits, sign, point and exponent fit the buffer");
-    let (mantissa, exponent) = scientific.as_str().split_once('e').expect("`{:e}` always prints an exponent");
-    let exponent: i32 = exponent.parse().expect("`{:e}` prints a decimal exponent");
+    let scientific = shortest(number);
+    let (mantissa, exponent) = scientific.parts();
     let unsigned = mantissa.strip_prefix('-').unwrap_or(mantissa);
     if unsigned.len() < mantissa.len() {
         out.push('-');
@@ -80,6 +78,33 @@ pub fn push_float(out: &mut String, number: f64) {
     }
 }
 
+/// The shortest decimal that reads back as `number`, in scientific notation. If two are equally near, CPython takes the one with
+/// the even last digit, where Rust takes the larger: common among widened binary32, whose decimal expansions are short.
+fn shortest(number: f64) -> StackText {
+    let text = StackText::of(format_args!("{number:e}"));
+    let (mantissa, exponent) = text.parts();
+    let digits = mantissa.split_once('.').map_or(0, |(_, fraction)| fraction.len());
+    // The last digit of an exact expansion is a 5 at the place of the lowest bit: text that ends one place before is halfway.
+    let places = i32::try_from(digits).expect("a mantissa has at most 17 digits") - exponent;
+    if lowest_bit(number) != Some(-(places + 1)) {
+        return text;
+    }
+    let even = StackText::of(format_args!("{number:.digits$e}"));
+    // Next to a power of two the even one may be that of another number.
+    let reads_back = even.as_str().parse::<f64>().is_ok_and(|read| read.to_bits() == number.to_bits());
+    if reads_back { even } else { text }
+}
+
+/// Exponent of the lowest set bit of a finite number; `None` for 0.
+fn lowest_bit(number: f64) -> Option<i32> {
+    const FRACTION_BITS: u32 = f64::MANTISSA_DIGITS - 1;
+    let bits = number.to_bits();
+    let (fraction, exponent) = (bits & ((1 << FRACTION_BITS) - 1), (bits >> FRACTION_BITS) & 0x7FF);
+    let (significand, exponent) = if exponent == 0 { (fraction, 1) } else { (fraction | 1 << FRACTION_BITS, exponent) };
+    let exponent = i32::try_from(exponent).expect("eleven bits") - 1_075;
+    (significand != 0).then(|| exponent + significand.trailing_zeros().cast_signed())
+}
+
 /// Moves the point of `whole.fraction` by `exponent` places to the right; an integral value keeps `.0`.
 fn push_fixed(out: &mut String, whole: &str, fraction: &str, exponent: usize) {
     out.push_str(whole);
@@ -103,6 +128,18 @@ struct StackText {
 }
 
 impl StackText {
+    fn of(text: std::fmt::Arguments<'_>) -> Self {
+        let mut written = Self::default();
+        written.write_fmt(text).expect("17 digits, sign, point and exponent fit the buffer");
+        written
+    }
+
+    /// Mantissa and exponent of a number in scientific notation.
+    fn parts(&self) -> (&str, i32) {
+        let (mantissa, exponent) = self.as_str().split_once('e').expect("`{:e}` always prints an exponent");
+        (mantissa, exponent.parse().expect("`{:e}` prints a decimal exponent"))
+    }
+
     fn as_str(&self) -> &str {
         std::str::from_utf8(&self.bytes[..self.len]).expect("only whole strings were written")
     }
@@ -120,6 +157,25 @@ impl std::fmt::Write for StackText {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_two_equally_near_decimals_the_even_one_is_printed() {
+        for (number, text) in [
+            (1_307_825.0 / 65_536.0, "19.955825805664062"),
+            (117_809.0 / 131_072.0, "0.8988113403320312"),
+            (-168_829.0 / 131_072.0, "-1.2880630493164062"),
+            (409_565.0 / 131_072.0, "3.1247329711914062"),
+            (524_289.0 / 65_536.0, "8.000015258789062"),
+            (0.5, "0.5"),
+            (9_007_199_254_740_992.0, "9007199254740992.0"),
+            (f64::from_bits(1), "5e-324"),
+            (0.0, "0.0"),
+        ] {
+            let mut printed = String::new();
+            push_float(&mut printed, number);
+            assert_eq!(printed, text);
+        }
+    }
 
     #[test]
     fn decimals_equal_the_standard_ones() {
