@@ -1,6 +1,8 @@
 //! The whole validator against the reference: every golden window file with the model, the tokenizer and the environment that
 //! the reference judged it with.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::collections::{BTreeMap, HashMap};
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};

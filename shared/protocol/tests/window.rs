@@ -1,5 +1,7 @@
 //! The window file and the parts of the validator that need no model.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 #[path = "window/cheap.rs"]
 mod cheap;
 #[path = "window/foreign.rs"]

@@ -74,8 +74,9 @@ fn advantages_are_valid(members: &[&ReadRow]) -> bool {
     claimed.zip(rewards).is_some_and(|(claimed, rewards)| are_consistent(&claimed, &rewards))
 }
 
-/// Digest of a row's completion, `None` for a row without tokens.
-pub(super) fn row_completion_digest(row: &ReadRow) -> Option<Digest> {
+/// Digest by which a completion counts as unique and by which copies between miners are found; `None` for a row without tokens.
+#[must_use]
+pub fn row_completion_digest(row: &ReadRow) -> Option<Digest> {
     let tokens: Vec<i64> = row.commit.tokens.plain()?.iter().map(|token| i64::from(*token)).collect();
     completion_digest_of_ints(&tokens, row.commit.rollout.prompt_length)
 }

@@ -45,7 +45,7 @@ pub use cheap::{CheapCheck, Problem, ProofOutput, cheap_checks};
 pub use context::{
     Facts, Forward, MissingFacts, NeededGroup, NeededRow, Needs, RowEvaluation, RowFacts, ValidationContext,
 };
-pub use groups::{Group, group_digests, groups, groups_are_valid, sampled_rows};
+pub use groups::{Group, group_digests, groups, groups_are_valid, row_completion_digest, sampled_rows};
 pub use report::{
     AllRows, Check, CheckedRow, Checks, Distribution, Exactness, Finding, FindingCode, Metrics, Number, Processed,
     REPORT_SCHEMA, Report, RowDetail, RowExactness, Severity, Verdict,
@@ -56,7 +56,6 @@ use crate::hash::Digest;
 use crate::ids::GroupIndex;
 use crate::seed::environment_seed;
 use crate::window_file::WindowFile;
-use groups::row_completion_digest;
 use row::{Before, RowOutcome};
 
 /// What [`validate`] will ask of its [`Facts`]: nothing for a file that is rejected, and no row that fails before its facts

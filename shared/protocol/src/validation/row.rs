@@ -25,14 +25,14 @@ pub(super) enum Before {
 pub(super) enum RowOutcome {
     /// Ended before the checks.
     Before(Before),
-    Checked(RowDetail),
+    Checked(Box<RowDetail>),
 }
 
 impl RowOutcome {
     /// What a report shows of the row.
     pub(super) fn detail(&self) -> RowDetail {
         match self {
-            Self::Checked(detail) => detail.clone(),
+            Self::Checked(detail) => RowDetail::clone(detail),
             Self::Before(before) => RowDetail { note: Some(before.note().to_owned()), ..RowDetail::default() },
         }
     }
@@ -105,7 +105,7 @@ pub(super) fn check_row(
     }
     let mut detail = RowDetail::default();
     run_checks(index, row, &mut Run { context, facts, detail: &mut detail })?;
-    Ok(RowOutcome::Checked(detail))
+    Ok(RowOutcome::Checked(Box::new(detail)))
 }
 
 pub(super) fn ends_before(row: &ReadRow, context: &ValidationContext) -> Option<Before> {

@@ -18,6 +18,10 @@ use crate::constants::{GRAIL_PROOF_VERSION, LAYER_INDEX, ROLLOUTS_PER_PROBLEM};
 /// Text of a commitment with a ten-digit sketch: `{"sketch": 2147483646}, `.
 const COMMITMENT_BYTES: usize = 24;
 
+/// [`ROLLOUTS_PER_PROBLEM`] in the type of its column.
+const TOTAL_IN_GROUP: i32 = 16;
+const _: () = assert!(TOTAL_IN_GROUP as usize == ROLLOUTS_PER_PROBLEM);
+
 /// A row whose numbers are known to fit the columns.
 #[derive(Debug)]
 pub(super) struct CheckedRow<'a> {
@@ -89,7 +93,7 @@ pub(super) fn record_batch(rows: &[CheckedRow<'_>]) -> Result<RecordBatch, Arrow
         Arc::new(BooleanArray::from_iter(rows.iter().map(|row| Some(row.row.use_drand)))),
         longs(rows, |row| row.row.group.0),
         ints(rows, |row| i32::from(row.row.rollout.get())),
-        ints(rows, |_| ROLLOUTS_PER_PROBLEM as i32),
+        ints(rows, |_| TOTAL_IN_GROUP),
         longs(rows, |row| row.checkpoint_window),
         commit(rows)?,
         doubles(rows, |row| row.row.timestamp),

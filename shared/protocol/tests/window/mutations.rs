@@ -1,27 +1,32 @@
 //! Damaged files: the reader answers, whatever the bytes are.
 
-use grail_protocol::window_file::{ReadError, read_bytes};
+use std::sync::LazyLock;
+
+use grail_protocol::window_file::{ReadError, read_bytes, write_file};
 use proptest::prelude::*;
 
 use crate::samples::{golden_bytes, header, rows};
 
+/// Positions are shares of the file in these parts.
+const SCALE: usize = 1 << 20;
+
 /// One kind of damage; positions are shares of the file, because its footer and its pages deserve the same attention.
 #[derive(Debug, Clone)]
 enum Damage {
-    Set { at: f64, byte: u8 },
+    Set { at: usize, byte: u8 },
     SetInFooter { from_end: usize, byte: u8 },
-    Cut { at: f64, bytes: usize },
-    Repeat { at: f64, bytes: usize },
-    Truncate { at: f64 },
+    Cut { at: usize, bytes: usize },
+    Repeat { at: usize, bytes: usize },
+    Truncate { at: usize },
 }
 
 fn damage() -> impl Strategy<Value = Damage> {
     prop_oneof![
-        3 => (0.0..1.0, any::<u8>()).prop_map(|(at, byte)| Damage::Set { at, byte }),
+        3 => (0..SCALE, any::<u8>()).prop_map(|(at, byte)| Damage::Set { at, byte }),
         4 => (0_usize..4_000, any::<u8>()).prop_map(|(from_end, byte)| Damage::SetInFooter { from_end, byte }),
-        1 => (0.0..1.0, 1_usize..64).prop_map(|(at, bytes)| Damage::Cut { at, bytes }),
-        1 => (0.0..1.0, 1_usize..64).prop_map(|(at, bytes)| Damage::Repeat { at, bytes }),
-        1 => (0.0..1.0).prop_map(|at| Damage::Truncate { at }),
+        1 => (0..SCALE, 1_usize..64).prop_map(|(at, bytes)| Damage::Cut { at, bytes }),
+        1 => (0..SCALE, 1_usize..64).prop_map(|(at, bytes)| Damage::Repeat { at, bytes }),
+        1 => (0..SCALE).prop_map(|at| Damage::Truncate { at }),
     ]
 }
 
@@ -29,7 +34,7 @@ fn apply(file: &mut Vec<u8>, damage: &Damage) {
     if file.is_empty() {
         return;
     }
-    let place = |at: f64| ((file.len() as f64 * at) as usize).min(file.len() - 1);
+    let place = |at: usize| file.len() * at / SCALE;
     match *damage {
         Damage::Set { at, byte } => {
             let at = place(at);
@@ -73,8 +78,9 @@ proptest! {
 
     #[test]
     fn damaged_own_files_are_answered(damages in proptest::collection::vec(damage(), 1..6)) {
-        let file = grail_protocol::window_file::write_file(Vec::new(), header(), &rows(0..1, 8, 40)).unwrap();
-        read_damaged(file, &damages)?;
+        static OWN: LazyLock<Vec<u8>> =
+            LazyLock::new(|| write_file(Vec::new(), header(), &rows(0..1, 8, 40)).unwrap());
+        read_damaged(OWN.clone(), &damages)?;
     }
 
     #[test]
