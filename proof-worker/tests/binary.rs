@@ -255,13 +255,13 @@ fn group(golden: &Golden, weights: WeightsHash) -> ProveJob {
 async fn a_worker_proves_verifies_reloads_and_ends_with_its_supervisor() {
     let golden = Golden::load();
     let Worker { child, client, socket, _folder } = start_worker().await;
-    assert!(!socket.exists());
     let hello = client.hello();
     assert_eq!((hello.device.as_str(), i64::from(hello.pid)), ("cpu", i64::from(child.pid())));
     let weights = hello.weights.unwrap();
 
     let job = group(&golden, weights);
     let proof = client.prove(&job).await.unwrap();
+    assert!(!socket.exists(), "the path is unlinked once the supervisor is known");
     let case = &golden.cases[1];
     for (member, length) in proof.members.iter().zip([case.completion().len(), 5]) {
         let sketches = [proof.prompt_sketches.as_slice(), &member.sketches].concat();

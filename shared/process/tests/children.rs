@@ -85,7 +85,7 @@ async fn the_environment_is_scrubbed() {
     variables.sort();
     let path = format!("PATH={}", std::env::var("PATH").unwrap());
     assert_eq!(variables, ["GRAIL_MARK=m1", "GRAIL_TEST=a b", path.as_str()]);
-    assert!(std::env::var_os("CARGO_PKG_NAME").is_some(), "there was something to scrub");
+    assert!(std::env::vars_os().count() > 1, "there was something to scrub");
 }
 
 #[tokio::test]
