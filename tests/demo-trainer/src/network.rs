@@ -215,6 +215,7 @@ mod tests {
     /// The layout changes no result: logits and gradients equal those of the packed forward pass.
     #[test]
     fn logits_and_gradients_equal_the_packed_forward_pass() {
+        grail_model::set_threads(1);
         let config = Shape::tiny(64).config().unwrap();
         let model = TrainableModel::random(config, grail_model::Device::Cpu, 3).unwrap();
         let mut rng = Rng::new(5, 0);

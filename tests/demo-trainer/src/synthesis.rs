@@ -210,7 +210,9 @@ mod tests {
             assert!((CHALLENGE_K..=GENERATION.max_tokens).contains(&tokens), "{tokens} tokens: {text}");
             let Payload::Gsm8k { answer: solution } = &source.task.payload;
             let verdict = gsm8k::evaluate(solution, &text, ThinkingMode::Instructed);
-            assert_eq!(verdict.predicted_answer, answer, "{text}");
+            // A forgotten calculation may leave `.15`, of which the environment reads 15.
+            let reads_whole = answer.parse::<i64>().is_ok();
+            assert_eq!(verdict.predicted_answer == answer, reads_whole || !answer.starts_with('.'), "{text}");
             let can_be_right = !gsm8k::gold_answer(solution).contains(',');
             assert_eq!(verdict.success, is_right && can_be_right, "{}: {text}", source.task.id);
         }

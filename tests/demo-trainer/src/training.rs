@@ -256,6 +256,7 @@ mod tests {
     /// A short run over two tasks: the loss falls, and the same run gives the same loss again.
     #[test]
     fn a_tiny_model_learns() {
+        grail_model::set_threads(1);
         let sources = tasks::split_sources().unwrap();
         let folder = tempfile::tempdir().unwrap();
         vocabulary::write(folder.path(), &sources[..600], 1).unwrap();

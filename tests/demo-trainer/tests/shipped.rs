@@ -64,7 +64,6 @@ fn tokenizer_and_model_agree() {
         assert_eq!(config.eos_token_ids, [eos]);
         let own = tasks::prompts(&sources, &tokenizer, &template).unwrap();
         let longest = own.iter().map(Vec::len).max().unwrap();
-        println!("prompts of {} to {longest} tokens", own.iter().map(Vec::len).min().unwrap());
         assert!(longest + GENERATION.max_tokens <= config.max_position_embeddings);
         prompts.push(own);
     }
@@ -92,11 +91,13 @@ fn the_second_checkpoint_is_a_further_step() {
 /// A few groups of each window; the program itself judges whole windows.
 #[test]
 fn a_sample_of_the_demo_meets_the_criteria() {
+    // One thread: the steps are too small to share, and other tests run beside this one.
+    grail_model::set_threads(1);
     let [first, second] = checkpoints();
     for (folder, block) in [(&first, 3_000), (&second, 3_030)] {
-        let sources = window_sources("grail-demo", window_at(block), 3).unwrap();
+        let sources = window_sources("grail-demo", window_at(block), 2).unwrap();
         let judged = window(folder, &sources, 1).unwrap();
-        assert_eq!(judged.shares.rows, 48);
+        assert_eq!(judged.shares.rows, 32);
         assert_eq!(judged.shares.misses(&CRITERIA), Vec::<String>::new());
         if folder == &second {
             let equal = equal_logprobs(&first, &judged).unwrap();
