@@ -165,6 +165,7 @@ fn variable(name: &str) -> &'static Variable {
 fn remedy(variable: &Variable, is_set: bool) -> String {
     match (is_set, variable.default, variable.unset) {
         (false, ..) => format!("set it in .env or in the environment ({})", variable.help.trim_end_matches('.')),
+        (true, "", "unset") => "correct it".to_owned(),
         (true, "", unset) => format!("correct it, or remove it for: {unset}"),
         (true, default, _) => format!("correct it, or remove it for the default {default}"),
     }
