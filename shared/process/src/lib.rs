@@ -2,7 +2,7 @@
 //!
 //! [`ChildSpec`] says what to run, [`spawn`] runs it from one thread that never ends, [`Child`] watches and stops it with
 //! everything that belongs to it. [`state`] is the life of a child as a pure function, [`restart`] decides whether and when it
-//! comes back, and [`supervise`](supervised::supervise) ties them together for one child. [`exit`] is the table of exit codes
+//! comes back, and [`supervise`] ties them together for one child. [`exit`] is the table of exit codes
 //! of all our binaries.
 
 pub mod cause;
