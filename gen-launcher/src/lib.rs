@@ -1,8 +1,7 @@
-//! The owner of one generation server, and the builtin server.
+//! The owner of one generation server.
 //!
-//! [`launcher`] starts, updates and stops a server for the supervisor; [`builtin`] is the server that needs neither GPU nor
-//! Python. The two share [`folder`] and nothing else: the launcher's binary must not load libtorch.
+//! [`launcher`] starts, updates and stops a server for the supervisor, [`folder`] judges checkpoints before a server touches
+//! them. The builtin server is a binary of its own beside the launcher; nothing here may depend on libtorch.
 
-pub mod builtin;
 pub mod folder;
 pub mod launcher;

@@ -1,4 +1,5 @@
 //! The builtin server as a process, with a real model.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The launcher as a process, with a real server under it.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
@@ -305,7 +306,7 @@ async fn a_stop_interrupts_a_start() {
     assert!(!is_alive(pid));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_server_outlives_its_launcher() {
     for signal in [Some(Signal::SIGKILL), Some(Signal::SIGTERM), Some(Signal::SIGINT), None] {
         let mut launcher = Launcher::start().await;

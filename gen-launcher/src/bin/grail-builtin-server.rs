@@ -1,8 +1,14 @@
-//! The builtin generation server; everything is in the library.
+//! The builtin generation server.
+//!
+//! Its modules belong to this binary, not to the library: whatever the library uses is linked into the launcher, too, and
+//! the launcher must not load libtorch.
+
+#[path = "../builtin/mod.rs"]
+mod builtin;
 
 use std::process::ExitCode;
 
-use grail_gen_launcher::builtin::run;
+use builtin::run;
 use grail_telemetry::{Format, Options};
 
 fn main() -> ExitCode {

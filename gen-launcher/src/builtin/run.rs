@@ -25,7 +25,7 @@ use super::limits::Limits;
 use super::scheduler::{Bounds, SPARE_SLOTS, Scheduler};
 use super::serving::{Current, Fixed, Loaded, Loader, Serving, with_causes};
 use super::torch::{self, DecoderOptions};
-use crate::folder::CheckpointFolder;
+use grail_gen_launcher::folder::CheckpointFolder;
 
 /// How the process ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use grail_ipc::generate_api::{UpdateWeightsRequest, UpdateWeightsResponse};
@@ -20,7 +20,7 @@ use super::limits::{LengthError, Limits};
 use super::params::{ParamsError, ParsedBody, Prompt, SampleRequest};
 use super::sampler::Sampling;
 use super::scheduler::{AbortTarget, Finished, Job};
-use crate::folder::{CheckpointFolder, Difference, FolderError};
+use grail_gen_launcher::folder::{CheckpointFolder, Difference, FolderError};
 
 /// How often a pause aborts again what has come in meanwhile.
 const ABORT_AGAIN: Duration = Duration::from_millis(20);
@@ -75,6 +75,9 @@ pub struct Answer {
     pub latency: Duration,
 }
 
+/// SHA-256 by tensor.
+pub type Checksums = Arc<BTreeMap<String, String>>;
+
 /// The weights in use.
 #[derive(Debug, Clone)]
 pub struct Current {
@@ -83,7 +86,7 @@ pub struct Current {
     pub served_name: String,
     pub weight_version: String,
     pub folder: Arc<CheckpointFolder>,
-    checksums: Arc<Mutex<Option<Arc<BTreeMap<String, String>>>>>,
+    checksums: Arc<OnceLock<Checksums>>,
 }
 
 impl Current {
@@ -421,16 +424,14 @@ impl Serving {
     ///
     /// # Errors
     /// [`FolderError`]
-    pub async fn checksums(&self) -> Result<Arc<BTreeMap<String, String>>, FolderError> {
+    pub async fn checksums(&self) -> Result<Checksums, FolderError> {
         let current = self.current();
         let compute = move || {
-            let mut checksums = current.checksums.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(checksums) = &*checksums {
+            if let Some(checksums) = current.checksums.get() {
                 return Ok(Arc::clone(checksums));
             }
             let computed = Arc::new(current.folder.checksums()?);
-            *checksums = Some(Arc::clone(&computed));
-            Ok(computed)
+            Ok(Arc::clone(current.checksums.get_or_init(|| computed)))
         };
         let joined = tokio::task::spawn_blocking(compute).await;
         joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))

@@ -19,7 +19,7 @@ use super::http::{App, Phase, router};
 use super::limits::Limits;
 use super::scheduler::{Bounds, SPARE_SLOTS, Scheduler};
 use super::serving::{Current, Fixed, Loaded, Loader, Serving};
-use crate::folder::CheckpointFolder;
+use grail_gen_launcher::folder::CheckpointFolder;
 
 /// How the server is set up.
 #[derive(Debug, Clone)]

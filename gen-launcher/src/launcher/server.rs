@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use grail_ipc::messages::{ServerEpoch, ServerPhase, ServerSpec};
-use grail_process::{Child, Exit, Signal, StopPlan, StopTarget, Unkillable};
+use grail_process::{Child, Exit, ExitCause, Signal, StopPlan, StopTarget, Unkillable};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -212,7 +212,7 @@ impl Server {
         let ready = tokio::select! {
             () = interrupt.cancelled() => Err(StartError::Interrupted),
             exit = child.wait() => {
-                Err(StartError::Exited { cause: exit.cause.to_string(), last_lines: child.last_lines() })
+                Err(StartError::Exited { cause: describe(exit.cause), last_lines: child.last_lines() })
             }
             ready = becomes_ready => ready,
         };
@@ -294,7 +294,7 @@ impl Server {
                         let error = stopped.err().map(|source| UpdateError::Stop { reason, source });
                         return Err((error.unwrap_or(UpdateError::Interrupted), None));
                     }
-                    exit = self.child.wait() => Err(format!("it died: {}", exit.cause)),
+                    exit = self.child.wait() => Err(format!("it died: {}", describe(exit.cause))),
                     updated = self.update_in_place(&new, folder, label) => updated.map_err(|error| with_causes(&error)),
                 };
                 match updated {
@@ -382,6 +382,14 @@ async fn check(
     client.expect_served_name(served_name).await?;
     client.expect_weights(&spec.model_path, &spec.weight_version).await?;
     client.canary("grail-canary-start", &spec.weight_version, vocab_size(folder)).await
+}
+
+/// In words, without the meanings that our own programs give to exit codes.
+pub(super) fn describe(cause: ExitCause) -> String {
+    match cause {
+        ExitCause::Code(code) => format!("exit code {code}"),
+        other => other.to_string(),
+    }
 }
 
 fn vocab_size(folder: &CheckpointFolder) -> usize {

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::args::ServeArgs;
 use super::command::PhaseSink;
-use super::server::{Context, Server, StopError, with_causes};
+use super::server::{Context, Server, StopError, describe, with_causes};
 
 /// How long a peer may take to say who it is.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -228,9 +228,10 @@ impl Actor {
                 },
                 exit = died => {
                     let last_lines = self.server.take().map(|server| server.last_lines()).unwrap_or_default();
-                    tracing::error!(cause = %exit.cause, killed = exit.killed, "The server died.");
+                    let cause = describe(exit.cause);
+                    tracing::error!(cause, killed = exit.killed, "The server died.");
                     self.say(FromLauncher::Died {
-                        cause: exit.cause.to_string(),
+                        cause,
                         exit: exit.cause.code(),
                         signal: exit.cause.signal().map(|signal| signal as i32),
                         last_lines,

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::args::RunArgs;
 use super::command::PhaseSink;
-use super::server::{Context, Server, StartError, StopError};
+use super::server::{Context, Server, StartError, StopError, describe};
 use super::service::Signals;
 
 /// A run that did not end on request.
@@ -53,7 +53,7 @@ pub async fn run(args: &RunArgs) -> Result<(), RunError> {
         () = signals.next() => None,
     };
     match died {
-        Some(exit) => Err(RunError::Died { cause: exit.cause.to_string() }),
+        Some(exit) => Err(RunError::Died { cause: describe(exit.cause) }),
         None => server.stop().await.map(drop).map_err(RunError::from),
     }
 }
