@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrow_array::{Array, RecordBatch, StructArray};
 use bytes::Bytes;
@@ -22,8 +23,11 @@ use crate::json::{self, Object, Value};
 const BATCH_ROWS: usize = 128;
 
 /// Decoded Arrow memory of a whole file above which it is given up. The largest file that is fetched (350 MiB) of honest
-/// rows decodes to under 1 GiB.
+/// rows decodes to about 1 GiB.
 const MAX_DECODED_BYTES: usize = 4 << 30;
+
+/// Rows of a file above which it is given up: 200 times what counts for the score.
+const MAX_ROWS: i64 = 1 << 20;
 
 /// A file that yields no rows.
 #[derive(Debug, thiserror::Error)]
@@ -97,9 +101,14 @@ fn read(file: &Bytes) -> Result<WindowFile, ReadError> {
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
     let metadata = ArrowReaderMetadata::load(file, options)?;
     let texts = metadata_texts(&metadata)?;
+    let rows = metadata.metadata().row_groups().iter().fold(0_i64, |sum, group| sum.saturating_add(group.num_rows()));
+    if rows > MAX_ROWS {
+        return Err(ReadError::corrupt(format!("{rows} rows, more than {MAX_ROWS}")));
+    }
+    let decoded = AtomicUsize::new(0);
     let row_groups: Vec<Result<RowGroup, ReadError>> = (0..metadata.metadata().num_row_groups())
         .into_par_iter()
-        .map(|index| guarded(|| read_row_group(file, &metadata, index)))
+        .map(|index| guarded(|| read_row_group(file, &metadata, index, &decoded)))
         .collect();
     let row_groups = row_groups.into_iter().collect::<Result<Vec<_>, _>>()?;
     let metadata = Metadata::from_texts(&texts)?;
@@ -126,20 +135,23 @@ struct RowGroup {
     unconvertible: Option<String>,
 }
 
-fn read_row_group(file: &Bytes, metadata: &ArrowReaderMetadata, index: usize) -> Result<RowGroup, ReadError> {
+/// `decoded` counts the bytes of all row groups.
+fn read_row_group(
+    file: &Bytes,
+    metadata: &ArrowReaderMetadata,
+    index: usize,
+    decoded: &AtomicUsize,
+) -> Result<RowGroup, ReadError> {
     let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file.clone(), metadata.clone())
         .with_row_groups(vec![index])
         .with_batch_size(BATCH_ROWS)
         .build()?;
     let mut group = RowGroup { rows: Vec::new(), unconvertible: None };
-    let mut decoded = 0_usize;
     for batch in reader {
         let batch = batch.map_err(|error| ReadError::from(ParquetError::from(error)))?;
-        decoded = decoded.saturating_add(batch.get_array_memory_size());
-        if decoded > MAX_DECODED_BYTES {
-            return Err(ReadError::corrupt(format!(
-                "row group {index} decodes to more than {MAX_DECODED_BYTES} bytes"
-            )));
+        let bytes = batch.get_array_memory_size();
+        if decoded.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > MAX_DECODED_BYTES {
+            return Err(ReadError::corrupt(format!("the file decodes to more than {MAX_DECODED_BYTES} bytes")));
         }
         if batch.column_by_name("rollout_group").is_some_and(|column| column.null_count() > 0) {
             return Err(ReadError::corrupt("null in rollout_group"));
