@@ -54,6 +54,7 @@ for window in report["windows"]:
     expect(shares["shortest"] >= 32, f"shortest completion: {shares['shortest']} tokens")
     expect(shares["distribution"] >= MIN_DISTRIBUTION, f"{shares['distribution']:.1%} of rows pass the distribution check")
 
+print("the second window under the first checkpoint's weights, which must not pass for the real thing")
 first, second = report["windows"][0], report["windows"][1]
 context_path = pathlib.Path(second["file"] + ".context.json")
 context = json.loads(context_path.read_text())
