@@ -26,6 +26,13 @@ pub fn spaced_commitments(sketches: &[u32]) -> String {
     commitments_text(sketches, OPEN_SPACED, ", ")
 }
 
+/// Appends [`spaced_commitments`] to `text`, as the column of many rows is built.
+pub fn push_spaced_commitments(text: &mut String, sketches: &[u32]) {
+    text.push('[');
+    push_elements(text, sketches, OPEN_SPACED, ", ");
+    text.push(']');
+}
+
 fn commitments_text(sketches: &[u32], open: &str, separator: &str) -> String {
     let mut text = String::with_capacity(sketches.len() * ELEMENT_BYTES + 2);
     text.push('[');
@@ -68,7 +75,7 @@ pub fn commitments_hash(sketches: &[u32]) -> Digest {
 
 /// The sketches of a commitments text that is exactly what [`compact_commitments`] or [`spaced_commitments`] writes for them.
 ///
-/// `None` for every other text, valid JSON included: such a text needs [`crate::json::parse`]. Reading a file takes a tenth of
+/// `None` for every other text, valid JSON included: such a text needs [`crate::json::parse()`]. Reading a file takes a tenth of
 /// the time this way.
 #[must_use]
 pub fn parse_commitments(text: &str) -> Option<Vec<u32>> {

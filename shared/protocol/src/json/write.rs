@@ -40,7 +40,7 @@ impl Style {
 }
 
 impl Value {
-    /// The JSON text, ASCII only. The stack grows with the nesting of the value, which [`super::parse`] bounds.
+    /// The JSON text, ASCII only. The stack grows with the nesting of the value, which [`super::parse()`] bounds.
     #[must_use]
     pub fn to_json(&self, style: Style) -> String {
         let mut out = String::new();
