@@ -253,7 +253,7 @@ impl Miner {
             environment,
             split,
             thinking,
-            sampling: policy.generation.clone(),
+            sampling: policy.generation,
             dtype: self.fleet.dtype(),
             dataset_rows: self.environments.rows_path().to_owned(),
             deadline: end - Duration::from_secs_f64(-DEADLINE_SLACK_SECONDS),

@@ -423,7 +423,7 @@ mod tests {
                 prop_assert!(parse(&content, &path).is_err());
             } else {
                 let parsed = parse(&content, &path).unwrap();
-                prop_assert!(parsed.whole_bytes as usize <= place);
+                prop_assert!(parsed.whole_bytes <= place as u64);
             }
         }
     }

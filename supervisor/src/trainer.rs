@@ -76,7 +76,7 @@ impl LocalTrainer {
             model_name: self.demo.metadata.model_name.clone(),
             env_id: self.demo.metadata.env_id.clone(),
             env_params: self.demo.metadata.env_params.clone(),
-            generation: self.demo.generation.clone(),
+            generation: self.demo.generation,
             thinking_mode: self.demo.metadata.thinking_mode,
             parent_window: WindowStart::try_from(checkpoint.0.saturating_sub(WINDOW_LENGTH)).ok(),
             training_config: serde_json::Map::new(),

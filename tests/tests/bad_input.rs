@@ -1,5 +1,7 @@
 //! Bad input: one clear error with the value and the remedy, the documented exit code, nothing lost.
 
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise, also in its helpers")]
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 

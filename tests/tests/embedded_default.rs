@@ -1,5 +1,7 @@
 //! The embedded default from end to end, with the real binaries: mine, verify, and what must be left behind.
 
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise, also in its helpers")]
+
 use std::path::{Path, PathBuf};
 
 use grail_tests::binaries::{Finished, Run};

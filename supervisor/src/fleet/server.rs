@@ -292,7 +292,7 @@ impl Keeper {
             Served::Nothing => (false, false),
             Served::Never(_) => (false, true),
         };
-        if is_over || matches!(&*self.states.borrow(), State::Stopping { .. } | State::Dead) {
+        if is_over || matches!(&*self.states.borrow(), State::Stopping | State::Dead) {
             return;
         }
         if was_serving {
