@@ -12,7 +12,7 @@ use arrow_schema::{ArrowError, DataType};
 use super::row::Row;
 use super::schema::{arrow_schema, commit_fields, element, model_fields, rollout_fields};
 use super::write::WriteError;
-use crate::binding::spaced_commitments;
+use crate::binding::push_spaced_commitments;
 use crate::constants::{GRAIL_PROOF_VERSION, LAYER_INDEX, ROLLOUTS_PER_PROBLEM};
 
 /// Text of a commitment with a ten-digit sketch: `{"sketch": 2147483646}, `.
@@ -154,7 +154,7 @@ fn commitments(rows: &[CheckedRow<'_>]) -> Result<ArrayRef, ArrowError> {
     let mut offsets: Vec<i32> = Vec::with_capacity(rows.len() + 1);
     offsets.push(0);
     for row in rows {
-        text.push_str(&spaced_commitments(&row.row.commit.sketches));
+        push_spaced_commitments(&mut text, &row.row.commit.sketches);
         let end = i32::try_from(text.len())
             .map_err(|_| ArrowError::InvalidArgumentError("commitments of one row group above 2 GiB".to_owned()))?;
         offsets.push(end);
