@@ -6,6 +6,7 @@
 
 use tch::{Device, Kind, TchError, Tensor};
 
+use crate::bf16_cpu::{self, Ends};
 use crate::config::ModelConfig;
 use crate::packed::{PackedBatch, Segment};
 
@@ -56,6 +57,9 @@ impl<'a> AttentionPlan<'a> {
     ///
     /// Returns `[tokens, heads · head_dim]`.
     pub(crate) fn attend(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor, TchError> {
+        if bf16_cpu::applies(query) {
+            return self.attend_rounded([query, key, value]);
+        }
         // Once for the whole batch: a shared prompt would otherwise be repeated for every completion.
         let key = self.repeat_heads(key)?;
         let value = self.repeat_heads(value)?;
@@ -66,10 +70,26 @@ impl<'a> AttentionPlan<'a> {
             .zip(&self.masks)
             .map(|(segment, mask)| self.attend_segment(segment, mask.as_ref(), [query, &key, &value]))
             .collect::<Result<Vec<_>, _>>()?;
-        match outputs.as_slice() {
-            [only] => Ok(only.shallow_clone()),
-            many => Tensor::f_cat(many, 0),
-        }
+        end_to_end(&outputs)
+    }
+
+    /// As [`AttentionPlan::attend`], in bf16 on the CPU.
+    fn attend_rounded(&self, [query, key, value]: [&Tensor; 3]) -> Result<Tensor, TchError> {
+        let segments = self.batch.segments();
+        let is_prefix = |segment: &Segment| {
+            segments.iter().any(|other| other.prefix.is_some_and(|prefix| self.batch.segment(prefix) == segment))
+        };
+        let outputs = segments
+            .iter()
+            .map(|segment| {
+                let prefix = segment.prefix.map(|prefix| self.batch.segment(prefix));
+                let queries = gather(query, None, segment)?;
+                let (keys, values) = (gather(key, prefix, segment)?, gather(value, prefix, segment)?);
+                let ends = if is_prefix(segment) { Ends::Later } else { Ends::Here };
+                bf16_cpu::attend([&queries, &keys, &values], self.shape, ends)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        end_to_end(&outputs)
     }
 
     fn attend_segment(
@@ -108,6 +128,13 @@ impl<'a> AttentionPlan<'a> {
         x.f_unsqueeze(2)?
             .f_expand([tokens, kv_heads, heads / kv_heads, head_dim], false)?
             .f_reshape([tokens, heads, head_dim])
+    }
+}
+
+fn end_to_end(outputs: &[Tensor]) -> Result<Tensor, TchError> {
+    match outputs {
+        [only] => Ok(only.shallow_clone()),
+        many => Tensor::f_cat(many, 0),
     }
 }
 

@@ -49,15 +49,8 @@ pub enum Architecture {
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     None,
-    Linear {
-        factor: f64,
-    },
-    Llama3 {
-        factor: f64,
-        low_freq_factor: f64,
-        high_freq_factor: f64,
-        original_max_position_embeddings: f64,
-    },
+    Linear { factor: f64 },
+    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position_embeddings: f64 },
     Yarn(YarnScaling),
 }
 
@@ -128,8 +121,8 @@ impl ModelConfig {
     /// # Errors
     /// As [`ModelConfig::from_dir`].
     pub fn from_json(text: &[u8], path: &Path) -> Result<Self, ConfigError> {
-        let raw: RawConfig = serde_json::from_slice(text)
-            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source })?;
+        let raw: RawConfig =
+            serde_json::from_slice(text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })?;
         Resolver { path, raw: &raw }.resolve()
     }
 

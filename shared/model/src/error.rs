@@ -84,7 +84,8 @@ pub enum ProveError {
     /// The device context is lost: every later call on it fails too.
     #[error("device context is poisoned: {detail}")]
     Poisoned { detail: String },
-    /// A hidden state holds NaN or infinity, so it has no sketch.
+    /// A hidden state holds NaN or infinity, so it has no sketch. `position` is the first that shows it: the cause may lie a few
+    /// positions later, since attention multiplies masked values with zero.
     #[error("hidden states of member {member} contain NaN or infinity at position {position}")]
     NonFinite { member: usize, position: usize },
     /// The request contradicts itself or the model.

@@ -148,9 +148,8 @@ impl<'a> Pack<'a> {
         let mut last: Option<&Rollout<'_>> = None;
         for member in members {
             let shared = last.filter(|before| before.prompt == member.prompt).and(places.last()).map(|place| place.0);
-            let prompt = shared.unwrap_or_else(|| {
-                (!member.prompt.is_empty()).then(|| batch.push_sequence(member.prompt))
-            });
+            let prompt =
+                shared.unwrap_or_else(|| (!member.prompt.is_empty()).then(|| batch.push_sequence(member.prompt)));
             let completion = match prompt {
                 Some(prompt) => batch.push_continuation(prompt, member.completion),
                 None => batch.push_sequence(member.completion),
@@ -267,10 +266,11 @@ impl LogitReader<'_> {
         for chunk in with_row.chunks(self.chunk_rows()) {
             let rows: Vec<i64> = chunk.iter().map(|(_, row, _)| *row).collect();
             let eos: Vec<i64> = chunk.iter().map(|(_, _, eos)| *eos).collect();
-            let chosen = self
-                .logits(&rows)?
-                .f_softmax(-1, None)?
-                .f_gather(-1, &self.on_device(&eos)?.f_unsqueeze(-1)?, false)?;
+            let chosen = self.logits(&rows)?.f_softmax(-1, None)?.f_gather(
+                -1,
+                &self.on_device(&eos)?.f_unsqueeze(-1)?,
+                false,
+            )?;
             for ((at, _, _), value) in chunk.iter().zip(host_f32(&chosen)?) {
                 if let Some(slot) = probabilities.get_mut(*at) {
                     *slot = value;
@@ -317,7 +317,9 @@ impl LogitReader<'_> {
         // Logits row r (0-based among the member's) stands behind this many tokens.
         let first_prefix = member.prompt.len().max(1);
         let mut probabilities = Vec::with_capacity(member.completion.len());
-        for (index, (rows, targets)) in rows.chunks(self.chunk_rows()).zip(targets.chunks(self.chunk_rows())).enumerate() {
+        for (index, (rows, targets)) in
+            rows.chunks(self.chunk_rows()).zip(targets.chunks(self.chunk_rows())).enumerate()
+        {
             let mut scores = self.logits(rows)?.f_to_kind(Kind::Float)?;
             if let Some(penalty) = &penalty {
                 let prefix = (first_prefix + index * self.chunk_rows()) as i64;
@@ -359,8 +361,8 @@ impl RepetitionPenalty {
 
     /// * `scores`: `[rows, vocab]`, f32; the first row stands behind `prefix` tokens, each next one behind one more.
     fn apply(&self, scores: &Tensor, prefix: i64) -> Result<Tensor, TchError> {
-        let lengths =
-            Tensor::f_arange_start(prefix, prefix + scores.size()[0], (Kind::Int64, scores.device()))?.f_unsqueeze(1)?;
+        let lengths = Tensor::f_arange_start(prefix, prefix + scores.size()[0], (Kind::Int64, scores.device()))?
+            .f_unsqueeze(1)?;
         let seen = self.first_occurrence.f_lt_tensor(&lengths)?;
         let multiplied = scores.f_mul_scalar(self.penalty)?;
         let divided = scores.f_div_scalar(self.penalty)?;

@@ -1,4 +1,5 @@
-//! The crate's only unsafe code: mapping files, and loading libtorch's CUDA library.
+//! The crate's only unsafe code: mapping files, loading libtorch's CUDA library, and a loop for processors with fused
+//! multiply-add.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -7,6 +8,7 @@ use std::path::Path;
 
 use memmap2::Mmap;
 
+use crate::bf16_cpu;
 use crate::layers::Network;
 
 /// Maps a file read-only.
@@ -38,6 +40,23 @@ pub(crate) fn load_globally(library: &Path) -> Result<(), String> {
         (!error.is_null()).then(|| CStr::from_ptr(error).to_string_lossy().into_owned())
     };
     Err(text.unwrap_or_else(|| "dlopen failed without a reason".to_owned()))
+}
+
+/// [`bf16_cpu::fused_products`] with the processor's fused multiply-add where it has one; the same bits either way.
+pub(crate) fn fused_products(block: &[f32], right: &[f32], sums: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2,fma")]
+        fn fused(block: &[f32], right: &[f32], sums: &mut [f32]) {
+            bf16_cpu::fused_products(block, right, sums);
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: the processor has both features, checked in the line above; the function is safe code otherwise.
+            // JUSTIFICATION: without it each product is a call of the C library's `fmaf`, about twenty times slower.
+            return unsafe { fused(block, right, sums) };
+        }
+    }
+    bf16_cpu::fused_products(block, right, sums);
 }
 
 /// Weights that nothing changes any more, so that threads may read them together.

@@ -89,8 +89,7 @@ impl Decoder {
     /// [`DecodeError::Torch`].
     pub fn new(model: Arc<Model>, slots: usize, context_len: usize) -> Result<Self, DecodeError> {
         let shape = HeadShape::of(model.config());
-        let mut decoder =
-            Self { model, context_len, shape, lengths: vec![0; slots], capacity: 0, cache: Vec::new() };
+        let mut decoder = Self { model, context_len, shape, lengths: vec![0; slots], capacity: 0, cache: Vec::new() };
         decoder.reserve(1)?;
         Ok(decoder)
     }
@@ -217,12 +216,7 @@ impl Decoder {
             return Err(DecodeError::UnknownToken { token, vocab_size: self.model.config().vocab_size });
         }
         if held + tokens.len() > self.context_len {
-            return Err(DecodeError::ContextFull {
-                slot,
-                held,
-                more: tokens.len(),
-                context_len: self.context_len,
-            });
+            return Err(DecodeError::ContextFull { slot, held, more: tokens.len(), context_len: self.context_len });
         }
         Ok(held)
     }
@@ -265,14 +259,15 @@ impl Decoder {
         let mask = if held == 0 { None } else { Some(causal_mask(more, before, network.device)?) };
         for (layer, (keys, values)) in network.layers.iter().zip(&self.cache) {
             let Heads { query, key, value } = layer.heads(&x, &rotation, self.shape)?;
-            let cached = |cache: &Tensor, new: &Tensor| {
-                let own = cache.f_select(0, slot as i64)?;
-                own.f_narrow(1, before, more)?.f_copy_(&new.f_transpose(0, 1)?)?;
-                let all = own.f_narrow(1, 0, before + more)?;
-                all.f_unsqueeze(1)?
-                    .f_expand([kv_heads, heads / kv_heads, before + more, head_dim], false)?
-                    .f_reshape([1, heads, before + more, head_dim])
-            };
+            let cached =
+                |cache: &Tensor, new: &Tensor| {
+                    let own = cache.f_select(0, slot as i64)?;
+                    own.f_narrow(1, before, more)?.f_copy_(&new.f_transpose(0, 1)?)?;
+                    let all = own.f_narrow(1, 0, before + more)?;
+                    all.f_unsqueeze(1)?
+                        .f_expand([kv_heads, heads / kv_heads, before + more, head_dim], false)?
+                        .f_reshape([1, heads, before + more, head_dim])
+                };
             let attended = Tensor::f_scaled_dot_product_attention(
                 &query.f_transpose(0, 1)?.f_unsqueeze(0)?,
                 &cached(keys, &key)?,
@@ -333,19 +328,21 @@ struct StepView {
 
 enum Span {
     /// The step names exactly these slots in order.
-    Exact { first: i64, count: i64 },
+    Exact {
+        first: i64,
+        count: i64,
+    },
     /// `rows`: place of each named slot in the range.
-    Covering { first: i64, count: i64, rows: Tensor },
+    Covering {
+        first: i64,
+        count: i64,
+        rows: Tensor,
+    },
     Copied,
 }
 
 impl StepView {
-    fn new(
-        decoder: &Decoder,
-        tokens: &[(usize, TokenId)],
-        positions: &[i64],
-        window: i64,
-    ) -> Result<Self, TchError> {
+    fn new(decoder: &Decoder, tokens: &[(usize, TokenId)], positions: &[i64], window: i64) -> Result<Self, TchError> {
         let device = decoder.model.network().device;
         let on_device = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
         let slots: Vec<i64> = tokens.iter().map(|(slot, _)| *slot as i64).collect();

@@ -116,12 +116,8 @@ fn locate(configured: Option<PathBuf>, python: &Path) -> Result<Located, GpuSupp
     let library = folder.join(LIBRARY);
     if !library.exists() {
         return Err(match origin {
-            Origin::Configured => {
-                GpuSupport::Refused { library, origin, reason: "the file does not exist".to_owned() }
-            }
-            Origin::Python => {
-                GpuSupport::Absent { reason: format!("python3's torch has no {}", library.display()) }
-            }
+            Origin::Configured => GpuSupport::Refused { library, origin, reason: "the file does not exist".to_owned() },
+            Origin::Python => GpuSupport::Absent { reason: format!("python3's torch has no {}", library.display()) },
         });
     }
     match build_of(&folder) {

@@ -5,6 +5,7 @@
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::attention::{AttentionPlan, HeadShape};
+use crate::bf16_cpu;
 use crate::config::ModelConfig;
 use crate::packed::PackedBatch;
 use crate::rope::{Rope, Rotation};
@@ -18,8 +19,12 @@ pub(crate) struct Linear {
 
 impl Linear {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, TchError> {
-        x.f_linear(&self.weight, self.bias.as_ref())
+        linear(x, &self.weight, self.bias.as_ref())
     }
+}
+
+fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, TchError> {
+    if bf16_cpu::applies(x) { bf16_cpu::linear(x, weight, bias) } else { x.f_linear(weight, bias) }
 }
 
 /// Root-mean-square norm: computed in f32, rounded to the model's dtype, then multiplied with the weight.
@@ -138,6 +143,6 @@ impl Network {
 
     /// Logits `[rows, vocab]` of some hidden states, in the model's dtype.
     pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor, TchError> {
-        hidden.f_linear(&self.head, None::<&Tensor>)
+        linear(hidden, &self.head, None)
     }
 }

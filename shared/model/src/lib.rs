@@ -4,6 +4,7 @@
 //! sequences end to end, a group's prompt once, with completions that attend to the prompt and to themselves.
 
 mod attention;
+mod bf16_cpu;
 pub mod config;
 pub mod device;
 mod error;

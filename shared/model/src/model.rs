@@ -154,8 +154,7 @@ pub(crate) struct Loader {
 impl Loader {
     pub(crate) fn network(&self, config: ModelConfig, files: &WeightFiles) -> Result<Network, LoadError> {
         let embedding = self.tensor(files, EMBEDDING)?;
-        let head =
-            if config.tie_word_embeddings { embedding.shallow_clone() } else { self.tensor(files, HEAD)? };
+        let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { self.tensor(files, HEAD)? };
         let layers = (0..config.layers).map(|index| self.layer(&config, files, index)).collect::<Result<_, _>>()?;
         Ok(Network {
             device: self.device,

@@ -106,12 +106,7 @@ impl ProofModel {
         let rollouts: Vec<Rollout<'_>> = input
             .completions
             .iter()
-            .map(|completion| Rollout {
-                prompt: input.prompt,
-                completion,
-                eos_token: input.eos_token,
-                sampling: None,
-            })
+            .map(|completion| Rollout { prompt: input.prompt, completion, eos_token: input.eos_token, sampling: None })
             .collect();
         let mut prompt_sketches = Vec::new();
         let mut completions = Vec::with_capacity(rollouts.len());

@@ -55,10 +55,8 @@ impl Rope {
     ///
     /// * `positions`: `[tokens]`, i64.
     pub(crate) fn rotation(&self, positions: &Tensor, kind: Kind) -> Result<Rotation, TchError> {
-        let angles = positions
-            .f_to_kind(Kind::Float)?
-            .f_unsqueeze(-1)?
-            .f_mul(&self.inverse_frequencies.f_unsqueeze(0)?)?;
+        let angles =
+            positions.f_to_kind(Kind::Float)?.f_unsqueeze(-1)?.f_mul(&self.inverse_frequencies.f_unsqueeze(0)?)?;
         let angles = Tensor::f_cat(&[&angles, &angles], -1)?.f_unsqueeze(1)?;
         let scaled = |values: Tensor| {
             let values =
@@ -86,8 +84,7 @@ fn llama3(plain: &Tensor, factor: f64, (low, high): (f64, f64), length: f64) -> 
     let short_wavelength = length / high;
     let wavelengths = plain.f_reciprocal()?.f_mul_scalar(2.0 * PI)?;
     let stretched = plain.f_div_scalar(factor)?.f_where_self(&wavelengths.f_gt(long_wavelength)?, plain)?;
-    let smooth =
-        wavelengths.f_reciprocal()?.f_mul_scalar(length)?.f_sub_scalar(low)?.f_div_scalar(high - low)?;
+    let smooth = wavelengths.f_reciprocal()?.f_mul_scalar(length)?.f_sub_scalar(low)?.f_div_scalar(high - low)?;
     let rest = smooth.f_neg()?.f_add_scalar(1.0)?;
     let smoothed = rest.f_mul(&stretched)?.f_div_scalar(factor)?.f_add(&smooth.f_mul(&stretched)?)?;
     let is_medium = wavelengths.f_ge(short_wavelength)?.f_logical_and(&wavelengths.f_le(long_wavelength)?)?;

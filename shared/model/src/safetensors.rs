@@ -158,8 +158,7 @@ impl SafetensorsFile {
         let map = crate::ffi::map_file(&file).map_err(open_error)?;
         let (length, rest) = map.split_first_chunk::<8>().ok_or_else(|| truncated("the header's length", 8))?;
         let header_bytes = u64::from_le_bytes(*length);
-        let header_error =
-            |detail: String| SafetensorsError::Header { path: path.to_owned(), detail };
+        let header_error = |detail: String| SafetensorsError::Header { path: path.to_owned(), detail };
         if header_bytes > MAX_HEADER_BYTES {
             return Err(header_error(format!("its length {header_bytes} exceeds {MAX_HEADER_BYTES} bytes")));
         }

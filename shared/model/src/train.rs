@@ -1,6 +1,7 @@
 //! A decoder whose weights have gradients: the same packed forward pass, for programs that train small models.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use grail_protocol::ids::TokenId;
 use tch::{Kind, TchError, Tensor, nn};
@@ -55,8 +56,13 @@ impl TrainableModel {
     /// # Errors
     /// [`TorchError`].
     pub fn random(config: ModelConfig, device: Device, seed: i64) -> Result<Self, TorchError> {
-        tch::manual_seed(seed);
-        let network = tch::no_grad(|| random_network(config, device.torch()))?;
+        // libtorch has one generator for the process: two models made at once would share its numbers.
+        static GENERATOR: Mutex<()> = Mutex::new(());
+        let network = {
+            let _generator = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+            tch::manual_seed(seed);
+            tch::no_grad(|| random_network(config, device.torch()))?
+        };
         Ok(Self::register(network)?)
     }
 
@@ -157,10 +163,7 @@ impl TrainableModel {
                 Ok::<_, TchError>(())
             };
             let hidden = config.hidden_size as i64;
-            split(
-                &layer.qkv,
-                &[("self_attn.q_proj", query), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
-            )?;
+            split(&layer.qkv, &[("self_attn.q_proj", query), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)])?;
             split(&layer.output, &[("self_attn.o_proj", hidden)])?;
             split(&layer.gate_up, &[("mlp.gate_proj", inner), ("mlp.up_proj", inner)])?;
             split(&layer.down, &[("mlp.down_proj", hidden)])?;
@@ -182,12 +185,10 @@ impl TrainableModel {
     fn register(network: Network) -> Result<Self, TchError> {
         let store = nn::VarStore::new(network.device);
         let root = store.root();
-        let matrix = |path: &nn::Path<'_>, name: &str, tensor: &Tensor| {
-            path.set_group(DECAY_GROUP).f_var_copy(name, tensor)
-        };
-        let vector = |path: &nn::Path<'_>, name: &str, tensor: &Tensor| {
-            path.set_group(NO_DECAY_GROUP).f_var_copy(name, tensor)
-        };
+        let matrix =
+            |path: &nn::Path<'_>, name: &str, tensor: &Tensor| path.set_group(DECAY_GROUP).f_var_copy(name, tensor);
+        let vector =
+            |path: &nn::Path<'_>, name: &str, tensor: &Tensor| path.set_group(NO_DECAY_GROUP).f_var_copy(name, tensor);
         let norm = |path: &nn::Path<'_>, name: &str, norm: &RmsNorm| {
             Ok::<_, TchError>(RmsNorm { weight: vector(path, name, &norm.weight)?, epsilon: norm.epsilon })
         };

@@ -42,11 +42,8 @@ impl ProofModel {
     /// As [`ProofModel::prove`]; also [`ProveError::BadRequest`] for a prompt longer than the tokens, and for a temperature or
     /// repetition penalty that is not positive.
     pub fn verify(&self, inputs: &[VerifyInput<'_>]) -> Result<Vec<VerifyOutput>, ProveError> {
-        let rollouts = inputs
-            .iter()
-            .enumerate()
-            .map(|(member, input)| rollout(member, input))
-            .collect::<Result<Vec<_>, _>>()?;
+        let rollouts =
+            inputs.iter().enumerate().map(|(member, input)| rollout(member, input)).collect::<Result<Vec<_>, _>>()?;
         let mut outputs = Vec::with_capacity(inputs.len());
         for result in evaluate(self.model(), &rollouts)? {
             let own_inputs = inputs.get(result.first..).unwrap_or_default();
@@ -66,16 +63,14 @@ impl ProofModel {
 }
 
 fn rollout<'a>(member: usize, input: &VerifyInput<'a>) -> Result<Rollout<'a>, ProveError> {
-    let (prompt, completion) = input.tokens.split_at_checked(input.prompt_length).ok_or_else(|| {
-        ProveError::BadRequest {
+    let (prompt, completion) =
+        input.tokens.split_at_checked(input.prompt_length).ok_or_else(|| ProveError::BadRequest {
             detail: format!(
                 "member {member}: a prompt of {} tokens in a rollout of {}",
                 input.prompt_length,
                 input.tokens.len()
             ),
-        }
-    })?;
-    let sampling =
-        Some(Sampling { temperature: input.temperature, repetition_penalty: input.repetition_penalty });
+        })?;
+    let sampling = Some(Sampling { temperature: input.temperature, repetition_penalty: input.repetition_penalty });
     Ok(Rollout { prompt, completion, eos_token: input.eos_token, sampling })
 }

@@ -115,9 +115,7 @@ impl WeightFiles {
 
     /// All tensors in code-point order of their names.
     pub fn iter(&self) -> impl Iterator<Item = (&str, TensorView<'_>)> {
-        self.tensors
-            .iter()
-            .filter_map(|(name, at)| Some((name.as_str(), self.files.get(*at)?.tensor(name)?)))
+        self.tensors.iter().filter_map(|(name, at)| Some((name.as_str(), self.files.get(*at)?.tensor(name)?)))
     }
 
     /// Bytes of all tensors.
