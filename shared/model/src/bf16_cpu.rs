@@ -58,11 +58,7 @@ pub(crate) enum Ends {
 /// * `query`: `[rows, heads, head_dim]`; `key`, `value`: `[keys, kv_heads, head_dim]`, all bf16.
 ///
 /// Returns `[rows, heads · head_dim]`, bf16.
-pub(crate) fn attend(
-    [query, key, value]: [&Tensor; 3],
-    shape: HeadShape,
-    ends: Ends,
-) -> Result<Tensor, TchError> {
+pub(crate) fn attend([query, key, value]: [&Tensor; 3], shape: HeadShape, ends: Ends) -> Result<Tensor, TchError> {
     let (rows, heads) = (extent(query.size()[0]), extent(shape.heads));
     let (kv_heads, head_dim) = (extent(shape.kv_heads), extent(shape.head_dim));
     let by_head = |x: &Tensor| host(&x.f_transpose(0, 1)?);

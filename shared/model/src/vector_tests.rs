@@ -167,6 +167,7 @@ impl Golden {
     }
 
     fn model(&self, dtype: Dtype) -> ProofModel {
+        crate::set_threads(1);
         ProofModel::load(&self.path(), &LoadOptions::on(Device::Cpu).with_dtype(dtype)).unwrap()
     }
 

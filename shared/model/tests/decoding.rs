@@ -1,14 +1,17 @@
 //! The decoder with its cache against the packed forward pass.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
+
 use std::sync::Arc;
 
 use grail_model::generate::{DecodeError, Decoder};
-use grail_model::{Device, LoadOptions, Model, PackedBatch};
+use grail_model::{Device, LoadOptions, Model, PackedBatch, set_threads};
 use grail_protocol::ids::TokenId;
 
 const BOUND: f32 = 1e-4;
 
 fn model(name: &str) -> Arc<Model> {
+    set_threads(1);
     let folder = grail_golden::path(&format!("models/{name}"));
     Arc::new(Model::load(&folder, &LoadOptions::on(Device::Cpu)).unwrap())
 }

@@ -1,10 +1,13 @@
 //! Groups, batches and what a verifier reads, beside the golden values.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
+
 use std::path::Path;
 
 use grail_model::safetensors::{OwnedTensor, SafetensorsFile, write};
 use grail_model::{
     Device, Dtype, LoadOptions, Model, PackedBatch, ProofModel, ProveError, ProveInput, VerifyInput, VerifyOutput,
+    set_threads,
 };
 use grail_protocol::ids::TokenId;
 use grail_protocol::sketch::{SketchCoeffs, sketch_f32};
@@ -18,6 +21,7 @@ fn options() -> LoadOptions {
 }
 
 fn load(model: &str, options: &LoadOptions) -> ProofModel {
+    set_threads(1);
     ProofModel::load(&grail_golden::path(&format!("models/{model}")), options).unwrap()
 }
 

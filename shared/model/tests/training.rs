@@ -1,7 +1,9 @@
 //! Gradients, an optimizer's steps, and weights that go out and come back.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
+
 use grail_model::train::{DECAY_GROUP, TrainableModel, TrainingGroup};
-use grail_model::{Device, Dtype, LoadOptions, Model, ModelConfig, PackedBatch};
+use grail_model::{Device, Dtype, LoadOptions, Model, ModelConfig, PackedBatch, set_threads};
 use grail_protocol::ids::TokenId;
 use tch::nn::OptimizerConfig;
 use tch::{Kind, Tensor};
@@ -11,6 +13,7 @@ fn ids(range: std::ops::Range<u32>) -> Vec<TokenId> {
 }
 
 fn config(name: &str) -> ModelConfig {
+    set_threads(1);
     ModelConfig::from_dir(&grail_golden::path(&format!("models/{name}"))).unwrap()
 }
 
