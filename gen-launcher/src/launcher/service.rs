@@ -348,3 +348,21 @@ impl Actor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    #[test]
+    fn a_token_is_read_from_its_descriptor() {
+        let token = Token::generate().unwrap();
+        let (reader, mut writer) = io::pipe().unwrap();
+        writer.write_all(token.as_bytes()).unwrap();
+        drop(writer);
+        assert!(read_token(reader.as_raw_fd()).unwrap().matches(token.as_bytes()));
+        assert!(read_token(-1).is_err());
+    }
+}
