@@ -47,7 +47,7 @@ bench: libtorch ## Run the CPU benchmarks; docs/benchmarks says how to read them
 	cargo bench --workspace --locked
 
 .PHONY: train-demo
-train-demo: libtorch ## Train the demo checkpoints again (tens of minutes on 2 cores); see docs/demo-checkpoints.md.
+train-demo: libtorch ## Train the demo checkpoints again, for a GPU; docs/demo-checkpoints.md says how on a CPU.
 	cargo run --release --locked -p grail-demo-trainer -- --out deploy/demo
 
 .PHONY: install

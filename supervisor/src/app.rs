@@ -10,13 +10,13 @@ use grail_telemetry::{Format, Options};
 
 use crate::cli::{self, Cli, Command, ConfigArgs, MineArgs, VerifyArgs};
 use crate::commands::local::LocalSettings;
-use crate::commands::verify::FileOptions;
+use crate::commands::verify::{FileOptions, JudgeSettings};
 use crate::commands::{CommandError, mine, verify};
 use crate::config::{Config, ConfigError, FlagValue, Inputs, Mode, Origin, env_example};
 use crate::engine::with_causes;
 use crate::verify::table;
 
-/// Groups of a window in the embedded default, unless configured: the demo checkpoints know the tasks of this many.
+/// Groups of a window in the embedded default, unless configured: what a demonstration needs, in a few seconds.
 pub const LOCAL_MAX_GROUPS: u32 = 24;
 
 /// Parses, runs, and says how it ended. Only `main` ends the process.
@@ -77,6 +77,8 @@ fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
     let size = |value: u32| usize::try_from(value).unwrap_or(usize::MAX);
     LocalSettings {
         state_dir: local_state_dir(config),
+        runtime_base: config.folders.runtime.value.clone(),
+        child_variables: child_variables(config),
         seed: args.seed.clone(),
         block_time: config.local.block_time.value,
         use_drand: !args.no_drand,
@@ -91,6 +93,23 @@ fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
         max_concurrent: generation.max_concurrent.value.map(size),
         max_num_seqs: generation.max_num_seqs.value,
         server_timeout: generation.server_timeout.value,
+    }
+}
+
+/// What children must see of the configuration, wherever it was set.
+fn child_variables(config: &Config) -> Vec<(&'static str, String)> {
+    let libtorch = config.proof.libtorch_dir.value.as_ref().map(|folder| folder.display().to_string());
+    [("GRAIL_LIBTORCH_DIR", libtorch), ("GRAIL_LOG", config.log.value.clone())]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name, value?)))
+        .collect()
+}
+
+fn judge_settings(config: &Config) -> JudgeSettings {
+    JudgeSettings {
+        device: "cpu".to_owned(),
+        runtime_base: config.folders.runtime.value.clone(),
+        variables: child_variables(config),
     }
 }
 
@@ -119,8 +138,9 @@ fn verify_command(args: &VerifyArgs, inputs: &Inputs, verbosity: u8) -> ExitCode
     let json = args.json;
     let Some(file) = args.file.clone() else {
         let state = local_state_dir(&config);
+        let settings = judge_settings(&config);
         return block_on(async {
-            let verdicts = verify::local(&state, challenge, "cpu").await?;
+            let verdicts = verify::local(&state, challenge, &settings).await?;
             let text = if json { to_json(&verdicts)? } else { verdicts.render() };
             Ok((text, answer(verdicts.is_accepted())))
         });
@@ -130,7 +150,7 @@ fn verify_command(args: &VerifyArgs, inputs: &Inputs, verbosity: u8) -> ExitCode
         context: args.context.clone(),
         model: args.model.clone(),
         challenge,
-        device: "cpu".to_owned(),
+        judge: judge_settings(&config),
     };
     block_on(async {
         let verified = verify::file(&options).await?;

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::chain::{Chain, ChainError, Head};
+use crate::generation::GenerationError;
 use crate::group::{self, Dropped, WindowParts};
 use crate::journal::{Event, Journal};
 use crate::proofs::ProofError;
@@ -77,7 +78,9 @@ pub enum EngineError {
     Seal(#[from] SealError),
     #[error("no proof worker is left")]
     NoWorkers,
-    #[error("task of the window ended abnormally")]
+    #[error("the generation server was given up")]
+    NoServer,
+    #[error("sealing task ended abnormally")]
     Task(#[from] tokio::task::JoinError),
 }
 
@@ -94,8 +97,24 @@ struct Running {
     next: GroupIndex,
     estimated_bytes: u64,
     tasks: JoinSet<Finished>,
-    no_workers: bool,
+    given_up: Option<GivenUp>,
+    /// Groups that were dropped since the last one that was spooled.
+    dropped_in_a_row: usize,
+    /// No group is admitted before: a cause that drops every group must not burn indexes as fast as it can.
+    held_until: Instant,
 }
+
+/// What will not come back in this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum GivenUp {
+    Workers,
+    Server,
+}
+
+/// Drops in a row after which admission slows down to one group a block.
+const MANY_DROPS: usize = 16;
+/// How long the server may take to hear that requests are aborted; the upload does not wait for it.
+const ABORT_LIMIT: Duration = Duration::from_millis(500);
 
 impl Engine {
     /// Runs one window to its upload. `stop` ends admission; what is under way is finished while there is time.
@@ -109,13 +128,16 @@ impl Engine {
     ) -> Result<Outcome, EngineError> {
         let head = self.chain.head().await?;
         let mut running = self.begin(parts, head)?;
-        self.fill(&mut running, stop).await?;
-        let no_workers = running.no_workers;
+        let filled = self.fill(&mut running, stop).await;
+        let given_up = running.given_up;
+        // Whatever ended the window, what is spooled goes out first.
         let outcome = self.finish(running).await?;
-        if no_workers {
-            return Err(EngineError::NoWorkers);
+        filled?;
+        match given_up {
+            Some(GivenUp::Workers) => Err(EngineError::NoWorkers),
+            Some(GivenUp::Server) => Err(EngineError::NoServer),
+            None => Ok(outcome),
         }
-        Ok(outcome)
     }
 
     fn begin(&mut self, parts: Arc<WindowParts>, head: Head) -> Result<Running, EngineError> {
@@ -158,7 +180,9 @@ impl Engine {
             next: GroupIndex(next),
             estimated_bytes,
             tasks: JoinSet::new(),
-            no_workers: false,
+            given_up: None,
+            dropped_in_a_row: 0,
+            held_until: Instant::now(),
         })
     }
 
@@ -170,7 +194,7 @@ impl Engine {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut block = self.observe_head(running).await?;
         loop {
-            let open = !stop.is_cancelled() && !running.no_workers && WindowStart::containing(block) == window;
+            let open = !stop.is_cancelled() && running.given_up.is_none() && WindowStart::containing(block) == window;
             if open {
                 self.admit(running, block);
             }
@@ -178,16 +202,21 @@ impl Engine {
                 return Ok(());
             }
             tokio::select! {
-                Some(finished) = running.tasks.join_next() => self.take(running, finished?)?,
+                Some(finished) = running.tasks.join_next() => self.take_result(running, finished)?,
                 _ = ticks.tick() => block = self.observe_head(running).await?,
                 () = stop.cancelled(), if open => {}
                 () = tokio::time::sleep_until(stragglers) => {
+                    while let Some(finished) = running.tasks.try_join_next() {
+                        self.take_result(running, finished)?;
+                    }
                     let aborted = running.tasks.len();
                     tracing::warn!(%window, aborted, "Groups that were not ready in time are given up.");
-                    running.tasks.abort_all();
-                    running.parts.generator.abort_all().await;
                     running.dropped += aborted;
                     running.tasks = JoinSet::new();
+                    let told = tokio::time::timeout(ABORT_LIMIT, running.parts.generator.abort_all()).await;
+                    if told.is_err() {
+                        tracing::warn!("The generation server did not take the abort in time.");
+                    }
                     return Ok(());
                 }
             }
@@ -219,7 +248,10 @@ impl Engine {
     }
 
     fn admit(&self, running: &mut Running, block: BlockNumber) {
-        while running.tasks.len() < self.limits.open_groups && self.may_admit(running, block) {
+        while running.tasks.len() < self.limits.open_groups
+            && Instant::now() >= running.held_until
+            && self.may_admit(running, block)
+        {
             let (group, parts) = (running.next, running.parts.clone());
             running.next = GroupIndex(group.0 + 1);
             running.tasks.spawn(async move {
@@ -228,6 +260,31 @@ impl Engine {
                 (group, began, result)
             });
         }
+    }
+
+    fn take_result(
+        &mut self,
+        running: &mut Running,
+        finished: Result<Finished, tokio::task::JoinError>,
+    ) -> Result<(), EngineError> {
+        match finished {
+            Ok(finished) => self.take(running, finished),
+            // A defect in one group costs that group.
+            Err(error) => {
+                tracing::error!(%error, "The task of a group ended abnormally.");
+                self.count_drop(running);
+                Ok(())
+            }
+        }
+    }
+
+    fn count_drop(&self, running: &mut Running) {
+        running.dropped += 1;
+        running.dropped_in_a_row += 1;
+        if running.dropped_in_a_row >= MANY_DROPS {
+            running.held_until = Instant::now() + self.chain.nominal_block_time();
+        }
+        running.parts.progress.dropped();
     }
 
     /// Spools a group that is ready, or notes why it was dropped.
@@ -243,15 +300,19 @@ impl Engine {
                 tracing::debug!(%window, %group, slot = signed.slot, successes, "Group spooled.");
                 running.estimated_bytes += seal::estimated_bytes(&signed);
                 running.groups.push(signed);
+                running.dropped_in_a_row = 0;
                 running.parts.progress.spooled();
             }
             Err(dropped) => {
-                running.no_workers |= matches!(dropped, Dropped::Proof(ProofError::NoWorkers));
+                match &dropped {
+                    Dropped::Proof(ProofError::NoWorkers) => running.given_up = Some(GivenUp::Workers),
+                    Dropped::Generation(GenerationError::NotRunning) => running.given_up = Some(GivenUp::Server),
+                    _ => {}
+                }
                 let reason = with_causes(&dropped);
                 tracing::warn!(%window, %group, reason, "Group dropped.");
                 self.journal.record(Event::GroupDropped { window, group, reason });
-                running.dropped += 1;
-                running.parts.progress.dropped();
+                self.count_drop(running);
             }
         }
         Ok(())
@@ -277,8 +338,12 @@ impl Engine {
             bytes: content.len(),
             sha256: hex::encode(Sha256::digest(&content)),
         });
-        let file = seal::keep_copy(&self.windows_dir, &parts, &content)?;
-        Ok(self.upload(&parts, content, (groups, file)).await)
+        // A disk that is full must not keep the window from the store.
+        let kept = seal::keep_copy(&self.windows_dir, &parts, &content);
+        let file = kept.as_ref().ok().cloned().unwrap_or_default();
+        let outcome = self.upload(&parts, content, (groups, file)).await;
+        kept?;
+        Ok(outcome)
     }
 
     async fn upload(

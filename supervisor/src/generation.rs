@@ -127,8 +127,8 @@ impl HttpGenerator {
                     let detail = answer.text().await.unwrap_or_default().chars().take(300).collect();
                     return Err(GenerationError::Status { rid: request.rid.clone(), status, detail });
                 }
-                // Only before a byte of the answer: a request that was read must not be drawn twice under one name.
-                Err(error) if tries < TRIES && (error.is_connect() || error.is_request()) => {
+                // Only what never reached the server: a request that was read must not be drawn twice under one name.
+                Err(error) if tries < TRIES && error.is_connect() => {
                     tokio::time::sleep(Duration::from_millis(200) * tries).await;
                 }
                 Err(source) => {

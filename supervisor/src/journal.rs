@@ -1,7 +1,7 @@
 //! The journal: one JSON line for each thing that an operator, or a test, may ask about later.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -93,6 +93,18 @@ struct Line {
 #[derive(Debug)]
 pub struct Journal {
     file: File,
+    /// The file ends inside a line.
+    torn: bool,
+}
+
+fn ends_inside_a_line(file: &mut File) -> io::Result<bool> {
+    if file.metadata()?.len() == 0 {
+        return Ok(false);
+    }
+    let mut last = [0];
+    file.seek(SeekFrom::End(-1))?;
+    file.read_exact(&mut last)?;
+    Ok(last != *b"\n")
 }
 
 impl Journal {
@@ -101,7 +113,10 @@ impl Journal {
     /// # Errors
     /// What the file system says.
     pub fn open(state_dir: &Path) -> io::Result<Self> {
-        Ok(Self { file: OpenOptions::new().append(true).create(true).open(state_dir.join(FILE))? })
+        let mut file = OpenOptions::new().read(true).append(true).create(true).open(state_dir.join(FILE))?;
+        // A line that a crash or a full disk cut short must not swallow the next one.
+        let torn = ends_inside_a_line(&mut file)?;
+        Ok(Self { file, torn })
     }
 
     /// Appends one event, in one write, so that lines of a crash are whole or absent.
@@ -110,7 +125,14 @@ impl Journal {
         let line = Line { unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX), event };
         let written = serde_json::to_vec(&line).map_err(io::Error::from).and_then(|mut text| {
             text.push(b'\n');
-            self.file.write_all(&text)
+            if self.torn {
+                text.insert(0, b'\n');
+            }
+            self.torn = true;
+            self.file.write_all(&text)?;
+            self.torn = false;
+            // A confirmed upload must be known after a power loss: the window must not be put again.
+            if matches!(line.event, Event::WindowUploaded { .. }) { self.file.sync_data() } else { Ok(()) }
         });
         // The journal informs; the spool is the truth. A full disk must not stop the window over it.
         if let Err(error) = written {
@@ -124,7 +146,8 @@ impl Journal {
 /// # Errors
 /// If the file cannot be read.
 pub fn read(state_dir: &Path) -> io::Result<Vec<Event>> {
-    let text = std::fs::read_to_string(state_dir.join(FILE))?;
+    let bytes = std::fs::read(state_dir.join(FILE))?;
+    let text = String::from_utf8_lossy(&bytes);
     Ok(text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()).map(|line| line.event).collect())
 }
 
@@ -139,7 +162,8 @@ mod tests {
         let stopped = Event::Stopped { reason: "done".into() };
         let mut journal = Journal::open(state.path()).unwrap();
         journal.record(started.clone());
-        journal.file.write_all(b"{\"unix_ms\": 1, \"ev\n").unwrap();
+        journal.file.write_all(b"{\"unix_ms\": 1, \"ev").unwrap();
+        let mut journal = Journal::open(state.path()).unwrap();
         journal.record(stopped.clone());
         assert_eq!(read(state.path()).unwrap(), vec![started, stopped]);
     }

@@ -21,6 +21,7 @@ use crate::group::WindowParts;
 use crate::journal::Event;
 use crate::plan::WindowPlan;
 use crate::progress::Progress;
+use crate::spool::SpoolError;
 use crate::state::{StateDir, StateError, WindowRandomness};
 
 /// A miner that cannot go on.
@@ -53,8 +54,6 @@ enum Skipped {
     Split(#[from] grail_environments::ParseSplitError),
     #[error(transparent)]
     ThinkingMode(#[from] grail_environments::ParseThinkingModeError),
-    #[error("the checkpoint could not be rolled out")]
-    Roll(#[source] FleetError),
 }
 
 /// A window that is not begun.
@@ -114,7 +113,15 @@ impl Miner {
                     continue;
                 }
             };
-            match self.engine.run_window(parts, stop.child_token()).await? {
+            let outcome = match self.engine.run_window(parts, stop.child_token()).await {
+                Err(EngineError::Spool(error @ SpoolError::OtherWindow { .. })) => {
+                    self.skip(window, with_causes(&error));
+                    summary.skipped += 1;
+                    continue;
+                }
+                outcome => outcome?,
+            };
+            match outcome {
                 Outcome::Uploaded { groups, file, .. } => summary.uploaded.push((window, groups, file)),
                 Outcome::Empty { dropped } => {
                     self.skip(window, format!("no group was ready in time, {dropped} were dropped"));
@@ -185,13 +192,13 @@ impl Miner {
         let checkpoint = self.checkpoints.for_window(window).await?;
         let plan = self.plan(window, head, &checkpoint).await?;
         let environment = self.environments.open(plan.environment, plan.split)?;
-        if self.fleet.roll(&checkpoint).await.map_err(Skipped::Roll)? {
+        if self.fleet.roll(&checkpoint).await.map_err(fatal)? {
             self.note_weights(&checkpoint);
         }
         let generator = self
             .fleet
             .generator()
-            .ok_or_else(|| Skipped::Roll(FleetError::Server { reason: "it was never started".to_owned() }))?;
+            .ok_or_else(|| fatal(FleetError::Server { reason: "it was never started".to_owned() }))?;
         Ok(Arc::new(self.parts(plan, &checkpoint, environment, generator)))
     }
 

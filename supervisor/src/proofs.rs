@@ -13,6 +13,8 @@ use tokio::sync::{mpsc, oneshot};
 pub const IN_FLIGHT_PER_WORKER: usize = 2;
 /// A group that was on this many workers when they died is not given to a third.
 pub const MAX_DEATHS_OF_A_GROUP: u32 = 2;
+/// A group that was declined this often, for instance for want of memory, is dropped.
+pub const MAX_DECLINES_OF_A_GROUP: u32 = 3;
 
 /// Proof of one group, and who made it.
 #[derive(Debug, Clone)]
@@ -27,6 +29,8 @@ pub struct Proof {
 pub enum ProofError {
     #[error("{code}: {detail}")]
     Group { code: String, detail: String },
+    #[error("worker {slot} declined ({code}): {detail}")]
+    Declined { slot: SlotId, code: String, detail: String },
     #[error("worker {slot} is lost: {cause}")]
     WorkerLost { slot: SlotId, cause: String },
     #[error("group was on {deaths} workers that died; its inputs are poisonous")]
@@ -109,6 +113,9 @@ impl Prover for ProofQueue {
 struct Pending {
     job: Arc<ProveJob>,
     deaths: u32,
+    declined: u32,
+    /// The worker that declined it last: another one is asked if there is any.
+    avoid: Option<SlotId>,
     answer: oneshot::Sender<Result<Proof, ProofError>>,
 }
 
@@ -160,7 +167,9 @@ impl Dispatcher {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Job(job, answer) => self.waiting.push_back(Pending { job, deaths: 0, answer }),
+            Message::Job(job, answer) => {
+                self.waiting.push_back(Pending { job, deaths: 0, declined: 0, avoid: None, answer })
+            }
             Message::Ready(worker) => {
                 self.closed = false;
                 self.lanes.retain(|lane| lane.worker.slot() != worker.slot());
@@ -180,8 +189,9 @@ impl Dispatcher {
     fn next(&mut self) -> Option<(Arc<dyn Worker>, Pending)> {
         // A window that was given up drops its futures; their jobs need no proof any more.
         self.waiting.retain(|pending| !pending.answer.is_closed());
-        let lane =
-            self.lanes.iter_mut().filter(|lane| lane.jobs < IN_FLIGHT_PER_WORKER).min_by_key(|lane| lane.tokens)?;
+        let avoid = self.waiting.front()?.avoid.filter(|_| self.lanes.len() > 1);
+        let free = self.lanes.iter_mut().filter(|lane| lane.jobs < IN_FLIGHT_PER_WORKER);
+        let lane = free.filter(|lane| Some(lane.worker.slot()) != avoid).min_by_key(|lane| lane.tokens)?;
         let pending = self.waiting.pop_front()?;
         lane.jobs += 1;
         lane.tokens += pending.job.tokens();
@@ -208,6 +218,11 @@ impl Dispatcher {
                 } else {
                     self.waiting.push_front(pending);
                 }
+            }
+            Err(ProofError::Declined { slot, .. }) if pending.declined < MAX_DECLINES_OF_A_GROUP => {
+                pending.declined += 1;
+                pending.avoid = Some(slot);
+                self.waiting.push_front(pending);
             }
             result => answer(pending, result),
         }

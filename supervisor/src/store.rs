@@ -52,29 +52,25 @@ impl WindowStore {
     /// If the object is not there, not whole or not in time.
     pub async fn put_confirmed(&self, key: &Key, content: Bytes, deadline: SystemTime) -> Result<(), UploadError> {
         let sent = content.len() as u64;
-        let mut tries = BACK_OFF.iter();
-        loop {
-            // A second put that ends late would replace an object that was in time.
-            if SystemTime::now() > deadline {
-                return Err(UploadError::DeadlinePassed { key: key.clone() });
-            }
-            let error = match self.put_once(key, content.clone(), sent, deadline).await {
-                Ok(()) => return Ok(()),
-                Err(error @ UploadError::Late { .. }) => return Err(error),
-                Err(error) => error,
-            };
-            let Some(pause) = tries.next() else { return Err(error) };
-            tracing::warn!(%key, %error, "The upload failed; trying again.");
-            tokio::time::sleep(*pause).await;
+        // A put that ends late would replace an object that was in time, so nothing runs on behind the deadline.
+        let left = deadline.duration_since(SystemTime::now()).unwrap_or_default();
+        let limit = tokio::time::Instant::now() + left;
+        let put = || async {
+            let payload = PutPayload::from_bytes(content.clone());
+            self.store.put(key, payload).await.map(drop).map_err(|source| UploadError::Put { key: key.clone(), source })
+        };
+        // Only the look is repeated once the object is stored.
+        let look =
+            || async { self.store.head(key).await.map_err(|source| UploadError::Head { key: key.clone(), source }) };
+        let stored = async {
+            with_retries(put).await?;
+            with_retries(look).await
+        };
+        let passed = || UploadError::DeadlinePassed { key: key.clone() };
+        if left.is_zero() {
+            return Err(passed());
         }
-    }
-
-    async fn put_once(&self, key: &Key, content: Bytes, sent: u64, deadline: SystemTime) -> Result<(), UploadError> {
-        self.store
-            .put(key, PutPayload::from_bytes(content))
-            .await
-            .map_err(|source| UploadError::Put { key: key.clone(), source })?;
-        let found = self.store.head(key).await.map_err(|source| UploadError::Head { key: key.clone(), source })?;
+        let found = tokio::time::timeout_at(limit, stored).await.map_err(|_| passed())??;
         if found.size != sent {
             return Err(UploadError::Size { key: key.clone(), stored: found.size, sent });
         }
@@ -91,6 +87,19 @@ impl WindowStore {
     pub async fn get(&self, key: &Key) -> object_store::Result<Bytes> {
         self.store.get(key).await?.bytes().await
     }
+}
+
+async fn with_retries<T, F: Future<Output = Result<T, UploadError>>>(
+    attempt: impl Fn() -> F,
+) -> Result<T, UploadError> {
+    for pause in BACK_OFF {
+        match attempt().await {
+            Ok(done) => return Ok(done),
+            Err(error) => tracing::warn!(error = crate::engine::with_causes(&error), "The store failed; trying again."),
+        }
+        tokio::time::sleep(pause).await;
+    }
+    attempt().await
 }
 
 #[cfg(test)]

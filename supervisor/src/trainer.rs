@@ -11,7 +11,7 @@ use grail_protocol::ids::{BlockNumber, CheckpointWindow, WindowStart};
 use crate::chain::{Chain, ChainError};
 use crate::demo::Demo;
 
-/// First window that the local chain reaches; the demo checkpoints are trained for its tasks and the next ones'.
+/// First window that the local chain reaches.
 pub const FIRST_WINDOW: u64 = 3_000;
 /// The second checkpoint appears this many blocks into the first window.
 const SECOND_AFTER_BLOCKS: u64 = 5;

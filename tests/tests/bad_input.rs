@@ -144,14 +144,23 @@ fn a_wrong_file_given_to_verify() {
     assert_eq!(report["verdict"], "file-rejected");
     assert_eq!(report["failure_reason"], "file:corrupt_parquet");
 
+    let without_context = supervisor(&["verify", "notes.txt"], folder.path());
+    assert_eq!(without_context.code, Some(1), "{without_context:#?}");
+
     let absent = supervisor(&["verify", "nothing.parquet", "--context", "context.json"], folder.path());
     assert_refused(&absent, 66, &["nothing.parquet"]);
-    let contradiction = {
-        context["vocab_size"] = 7.into();
-        std::fs::write(&context_path, context.to_string()).unwrap();
-        supervisor(&arguments, folder.path())
-    };
-    assert_refused(&contradiction, 65, &["vocab_size", "7", "512"]);
+    let honest = grail_golden::path("protocol/windows/valid.parquet");
+    let judged = ["verify", honest.to_str().unwrap(), "--context", "context.json"];
+    context["vocab_size"] = 7.into();
+    std::fs::write(&context_path, context.to_string()).unwrap();
+    assert_refused(&supervisor(&judged, folder.path()), 65, &["vocab_size", "7", "512"]);
+    context["vocab_size"] = 512.into();
+    context["dtype"] = "float16".into();
+    std::fs::write(&context_path, context.to_string()).unwrap();
+    assert_refused(&supervisor(&judged, folder.path()), 65, &["dtype", "float16", "bfloat16"]);
+    context["dtype"] = "float32".into();
+    std::fs::write(&context_path, context.to_string()).unwrap();
+    assert_eq!(supervisor(&judged, folder.path()).code, Some(0));
 }
 
 #[test]
@@ -164,15 +173,35 @@ fn a_full_disk() {
         return;
     };
     let state = small.join("state");
-    let arguments = ["mine", "--local", "--windows", "1", "--state-dir", state.to_str().unwrap(), "--block-ms", "400"];
-    let refused = supervisor(&arguments, folder.path());
-    assert_refused(&refused, 73, &["small", "space"]);
-    // What was spooled before can be read.
-    if let Ok(entries) = std::fs::read_dir(state.join("spool")) {
-        for entry in entries {
-            grail_supervisor::spool::read(&entry.unwrap().path()).unwrap();
-        }
+    let arguments = [
+        "mine",
+        "--local",
+        "--windows",
+        "1",
+        "--state-dir",
+        state.to_str().unwrap(),
+        "--block-ms",
+        "1500",
+        "--max-groups",
+        "200",
+    ];
+    let run = Run::start("grail-supervisor", &arguments, folder.path(), &[]);
+    let spooled = || {
+        let text = std::fs::read_to_string(state.join("journal.jsonl")).unwrap_or_default();
+        text.matches("group_spooled").count()
+    };
+    let deadline = std::time::Instant::now() + grail_tests::binaries::LIMIT;
+    while spooled() < 2 {
+        assert!(std::time::Instant::now() < deadline, "no group was spooled");
+        std::thread::sleep(std::time::Duration::from_millis(20));
     }
+    // Now the disk fills up under a window that runs.
+    let mut filler = std::fs::File::create(small.join("filler")).unwrap();
+    while std::io::Write::write_all(&mut filler, &[0; 1 << 12]).is_ok() {}
+    assert_refused(&run.wait(), 73, &["small", "space"]);
+    // What was spooled before can be read.
+    let spool = grail_supervisor::spool::read(&state.join("spool").join("window-3000.spool")).unwrap();
+    assert!(spool.1.len() >= 2, "{} groups", spool.1.len());
 }
 
 /// A file system of a few MiB that goes with the test.
@@ -181,7 +210,7 @@ struct SmallDisk<'a>(&'a Path);
 impl<'a> SmallDisk<'a> {
     fn mount(at: &'a Path) -> Option<Self> {
         use nix::mount::{MsFlags, mount};
-        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some("size=3m")).ok()?;
+        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some("size=64m")).ok()?;
         Some(Self(at))
     }
 }

@@ -53,7 +53,7 @@ struct ChainFile {
     block_ms: u64,
 }
 
-/// Seed of the embedded default; the demo checkpoints are trained for its tasks.
+/// Seed of the embedded default.
 pub const DEFAULT_SEED: &str = "grail-demo";
 /// Block time of the embedded default.
 pub const DEFAULT_BLOCK_TIME: Duration = Duration::from_millis(1_000);

@@ -32,6 +32,10 @@ use crate::trainer::LocalTrainer;
 #[derive(Debug, Clone)]
 pub struct LocalSettings {
     pub state_dir: PathBuf,
+    /// Where the folder for sockets is made.
+    pub runtime_base: PathBuf,
+    /// Resolved variables that children must see.
+    pub child_variables: Vec<(&'static str, String)>,
     pub seed: Option<String>,
     pub block_time: Option<Duration>,
     pub use_drand: bool,
@@ -63,10 +67,13 @@ pub struct LocalWorld {
     pub started: Instant,
 }
 
-/// Folder for sockets: short, because socket paths are limited to 107 bytes.
-pub(super) fn runtime_dir(purpose: &str) -> PathBuf {
-    let base = std::env::var_os("GRAIL_RUNTIME_DIR").or_else(|| std::env::var_os("XDG_RUNTIME_DIR"));
-    let base = base.map_or_else(std::env::temp_dir, PathBuf::from);
+/// Longest base of the runtime folder: socket paths are limited to 107 bytes.
+const MAX_RUNTIME_BASE_BYTES: usize = 70;
+
+/// Folder for the sockets of this process: under `base`, or under the folder for temporary files where that is too long.
+pub(super) fn runtime_dir(base: &Path, purpose: &str) -> PathBuf {
+    let temporary = std::env::temp_dir();
+    let base = if base.as_os_str().len() > MAX_RUNTIME_BASE_BYTES { temporary.as_path() } else { base };
     base.join(format!("grail-{purpose}-{}", std::process::id()))
 }
 
@@ -81,15 +88,13 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
     let checkpoint_store = CheckpointStore::new(objects.clone());
     let chain_settings = LocalChainSettings { seed: settings.seed.clone(), block_time: settings.block_time };
     let mut trainer = None;
-    // Publishing takes a moment, and the clock of a new chain starts with it: publish first.
-    let local = if settings.trainer {
+    if settings.trainer {
         let publisher = LocalTrainer { store: checkpoint_store.clone(), demo: demo.clone() };
         publisher.publish_first().await?;
         trainer = Some(publisher);
-        Arc::new(LocalChain::open_or_start(state.root(), &chain_settings)?)
-    } else {
-        Arc::new(LocalChain::open_or_start(state.root(), &chain_settings)?)
-    };
+    }
+    // Publishing takes a moment, so the clock of a new chain starts behind it.
+    let local = Arc::new(LocalChain::open_or_start(state.root(), &chain_settings)?);
     let chain: Arc<dyn Chain> = local.clone();
     let beacon = if settings.use_drand { Beacon::Local(local) } else { Beacon::BlockHashOnly };
 
@@ -149,10 +154,11 @@ fn limits(settings: &LocalSettings) -> Limits {
 
 fn fleet_settings(settings: &LocalSettings) -> Result<FleetSettings, CommandError> {
     Ok(FleetSettings {
-        runtime_dir: runtime_dir("mine"),
-        workers: worker_settings(settings.workers, &settings.worker_device)?,
+        runtime_dir: runtime_dir(&settings.runtime_base, "mine"),
+        workers: worker_settings(settings.workers, &settings.worker_device, &settings.child_variables)?,
         server: ServerSettings {
             launcher: sibling_program("grail-gen-launcher")?,
+            variables: settings.child_variables.clone(),
             backend: Backend::Builtin,
             max_model_len: settings.max_model_len,
             max_running_requests: settings.max_num_seqs.or_else(|| u32::try_from(BUILTIN_CONCURRENT).ok()),
@@ -170,11 +176,16 @@ fn fleet_settings(settings: &LocalSettings) -> Result<FleetSettings, CommandErro
 ///
 /// # Errors
 /// If the worker's program is missing.
-pub fn worker_settings(slots: u32, device: &str) -> Result<WorkerSettings, CommandError> {
+pub fn worker_settings(
+    slots: u32,
+    device: &str,
+    variables: &[(&'static str, String)],
+) -> Result<WorkerSettings, CommandError> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     Ok(WorkerSettings {
         program: sibling_program("grail-proof-worker")?,
         slots,
+        variables: variables.to_vec(),
         device: device.to_owned(),
         dtype: if device == "cpu" { "float32" } else { "bfloat16" },
         threads: (cores / slots.max(1) as usize).max(1),

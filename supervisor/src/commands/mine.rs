@@ -20,7 +20,8 @@ pub async fn local(settings: &LocalSettings, windows: Option<usize>) -> Result<S
     let stop = CancellationToken::new();
     let hidden = CancellationToken::new();
     let display = tokio::spawn(progress::show(progress, started, hidden.clone()));
-    let signals = tokio::spawn(watch_signals(stop.clone()));
+    let now = CancellationToken::new();
+    let signals = tokio::spawn(watch_signals(stop.clone(), now.clone()));
     let publishing = trainer.map(|trainer| {
         let chain = miner.chain.clone();
         tokio::spawn(async move {
@@ -38,7 +39,11 @@ pub async fn local(settings: &LocalSettings, windows: Option<usize>) -> Result<S
         }
     });
 
-    let result = miner.run(windows, stop.clone()).await;
+    let result = tokio::select! {
+        result = miner.run(windows, stop.clone()) => result,
+        // What is spooled stays in the spool; the next start goes on from it.
+        () = now.cancelled() => Ok(Summary::default()),
+    };
     hidden.cancel();
     drop(display.await);
     miner.fleet.shut_down().await;
@@ -48,7 +53,7 @@ pub async fn local(settings: &LocalSettings, windows: Option<usize>) -> Result<S
         Err(error) => crate::engine::with_causes(error),
     };
     miner.engine.journal.record(Event::Stopped { reason });
-    let runtime = local::runtime_dir("mine");
+    let runtime = local::runtime_dir(&settings.runtime_base, "mine");
     signals.abort();
     if let Some(publishing) = publishing {
         publishing.abort();
@@ -68,9 +73,9 @@ fn remove_runtime(folder: PathBuf) {
     }
 }
 
-/// The first SIGINT or SIGTERM ends admission; the window is sealed with what is under way. The second one is the default: it
-/// ends the process, and the spool has everything.
-async fn watch_signals(stop: CancellationToken) {
+/// The first SIGINT or SIGTERM ends admission; the window is sealed with what is under way. The second one ends the children and
+/// goes; the spool has everything.
+async fn watch_signals(stop: CancellationToken, now: CancellationToken) {
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
         tracing::error!("Signals cannot be watched.");
@@ -82,6 +87,12 @@ async fn watch_signals(stop: CancellationToken) {
     }
     tracing::info!("Told to stop: no new groups; the window is sealed with what is under way.");
     stop.cancel();
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    tracing::warn!("Told to stop at once; what is spooled stays in the spool.");
+    now.cancel();
 }
 
 /// The result as lines for people.

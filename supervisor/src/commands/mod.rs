@@ -51,6 +51,10 @@ pub enum CommandError {
     WindowFile { path: std::path::PathBuf, source: std::io::Error },
     #[error("{}: {detail}", path.display())]
     NoContext { path: std::path::PathBuf, detail: String },
+    #[error("ask the store which checkpoint a window has")]
+    Choose(#[source] grail_checkpoint::ChooseError),
+    #[error("draw a fresh challenge randomness from the system")]
+    Randomness(#[source] std::io::Error),
     #[error("hash the weights of the context's model_dir")]
     Weights { source: grail_checkpoint::WeightsError },
     #[error("write to standard output")]
@@ -78,6 +82,7 @@ impl CommandError {
             Self::Mine(error) => of_mine(error),
             Self::Verify(error) => of_verify(error),
             Self::Weights { .. } => ExitCode::BadData,
+            Self::Choose(_) | Self::Randomness(_) => ExitCode::Unavailable,
             Self::Context(error) => of_context(error),
             Self::WindowFile { .. } | Self::NoContext { .. } => ExitCode::MissingInput,
         }
@@ -97,7 +102,7 @@ fn of_fleet(error: &FleetError) -> ExitCode {
     match error {
         FleetError::Child(_) => ExitCode::MissingInput,
         FleetError::Socket(_) => ExitCode::CannotWrite,
-        // The child said with its own exit code that its data is wrong; starting again would not help.
+        // A child said with its own exit code that its data is wrong; starting again would not help.
         FleetError::NoWorkers { reason } | FleetError::Server { reason } if is_bad_data(reason) => ExitCode::BadData,
         FleetError::NoWorkers { .. } | FleetError::Server { .. } => ExitCode::Temporary,
     }
@@ -115,7 +120,7 @@ fn of_mine(error: &MineError) -> ExitCode {
         MineError::Fleet(error) => of_fleet(error),
         MineError::FirstCheckpoint(error) => of_checkpoint(error),
         MineError::Engine(error) => match error {
-            EngineError::NoWorkers => ExitCode::Temporary,
+            EngineError::NoWorkers | EngineError::NoServer => ExitCode::Temporary,
             EngineError::Chain(_) => ExitCode::Unavailable,
             EngineError::Spool(SpoolError::NotASpool { .. } | SpoolError::OtherWindow { .. }) => ExitCode::BadData,
             EngineError::Spool(_) | EngineError::Seal(SealError::Keep { .. }) => ExitCode::CannotWrite,

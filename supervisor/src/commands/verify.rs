@@ -4,9 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use grail_checkpoint::CheckpointStore;
 use grail_ipc::WorkerClient;
 use grail_protocol::ids::WindowStart;
 use grail_protocol::randomness::ChallengeRandomness;
+use grail_protocol::validation::Report;
+use grail_protocol::window_file::{ReadError, read_bytes};
 use serde::Serialize;
 
 use super::CommandError;
@@ -16,7 +19,7 @@ use crate::chain::LocalChain;
 use crate::fleet::{self, Target, Workers};
 use crate::state;
 use crate::store::{WindowStore, window_key};
-use crate::verify::context::Context;
+use crate::verify::context::{self, Context, ContextError};
 use crate::verify::{Verification, Verified, VerifyError, table};
 
 /// Number of the JSON shape of `verify --local`.
@@ -31,7 +34,18 @@ pub struct FileOptions {
     /// Folder of the model to check with, in place of the context's.
     pub model: Option<PathBuf>,
     pub challenge: Option<ChallengeRandomness>,
+    pub judge: JudgeSettings,
+}
+
+/// Where and how files are judged.
+#[derive(Debug, Clone)]
+pub struct JudgeSettings {
+    /// `cpu` or `cuda:0`.
     pub device: String,
+    /// Where the folder for sockets is made.
+    pub runtime_base: PathBuf,
+    /// Resolved variables that the worker must see.
+    pub variables: Vec<(&'static str, String)>,
 }
 
 /// The verdict on one window of a local world.
@@ -73,6 +87,10 @@ impl LocalVerdicts {
 /// [`CommandError`] if no verdict was reached; a bad file is a verdict.
 pub async fn file(options: &FileOptions) -> Result<Verified, CommandError> {
     let content = read_window_file(&options.file)?;
+    // A file that is no window file gets its verdict whether or not there is a context for it.
+    if let Err(error) = read_bytes(content.clone()) {
+        return Ok(Verified { report: Report::of_read_error(&error), shares: None });
+    }
     let path = options.context.clone().unwrap_or_else(|| Context::path_beside(&options.file));
     if !path.exists() {
         let detail = "no such context; mine writes one beside each window file, or name one with --context".to_owned();
@@ -82,17 +100,17 @@ pub async fn file(options: &FileOptions) -> Result<Verified, CommandError> {
     if let Some(model) = &options.model {
         context.model_dir.clone_from(model);
     }
-    let challenge = options
-        .challenge
-        .clone()
-        .or_else(|| context.challenge_randomness.as_ref().and_then(|text| text.parse::<ChallengeRandomness>().ok()));
-    let challenge = challenge.unwrap_or_else(fresh_challenge);
+    let stated = context.challenge_randomness.as_deref().map(|text| context::challenge_of(&path, text)).transpose()?;
+    let challenge = match options.challenge.clone().or(stated) {
+        Some(challenge) => challenge,
+        None => fresh_challenge()?,
+    };
     let verification = open(context, path).await?;
-    judge(&verification, content, challenge, &options.device).await
+    judge(&verification, content, challenge, &options.judge).await
 }
 
 async fn open(context: Context, path: PathBuf) -> Result<Verification, CommandError> {
-    let opened = tokio::task::spawn_blocking(move || Verification::new(context, path)).await;
+    let opened = tokio::task::spawn_blocking(move || Verification::new(context, &path)).await;
     Ok(opened.map_err(VerifyError::from)??)
 }
 
@@ -105,47 +123,39 @@ fn read_window_file(path: &Path) -> Result<Bytes, CommandError> {
 }
 
 /// 32 bytes of the system's randomness, so that nobody can know which rows are looked at.
-fn fresh_challenge() -> ChallengeRandomness {
-    let token = grail_ipc::Token::generate().map(|token| *token.as_bytes()).unwrap_or_default();
-    ChallengeRandomness::from_bytes(&token)
+fn fresh_challenge() -> Result<ChallengeRandomness, CommandError> {
+    let token = grail_ipc::Token::generate().map_err(CommandError::Randomness)?;
+    Ok(ChallengeRandomness::from_bytes(token.as_bytes()))
 }
 
 async fn judge(
     verification: &Verification,
     content: Bytes,
     challenge: ChallengeRandomness,
-    device: &str,
+    settings: &JudgeSettings,
 ) -> Result<Verified, CommandError> {
     let mut workers: Option<Workers> = None;
     let folder = verification.context().model_dir.clone();
     let checkpoint = verification.context().checkpoint_window;
+    let runtime = runtime_dir(&settings.runtime_base, "verify");
     let start = || async {
-        let mut settings = worker_settings(1, device)?;
-        settings.dtype = dtype(&verification.context().dtype, settings.dtype);
+        let mut worker = worker_settings(1, &settings.device, &settings.variables)?;
+        worker.dtype = verification.dtype();
         let hashed = folder.clone();
         let hash = move || grail_checkpoint::WeightsFiles::open(&hashed)?.hash();
         let weights = tokio::task::spawn_blocking(hash).await.map_err(VerifyError::from)?;
         let weights = weights.map_err(|source| CommandError::Weights { source })?;
         let target = Target { checkpoint, folder, weights };
-        let (running, client) = fleet::single_worker(&settings, &runtime_dir("verify"), target).await?;
+        let (running, client) = fleet::single_worker(&worker, &runtime, target).await?;
         workers = Some(running);
         Ok::<Arc<WorkerClient>, CommandError>(client)
     };
     let verified = verification.run(content, challenge, start).await;
     if let Some(workers) = workers {
         workers.shut_down().await;
-        drop(std::fs::remove_dir_all(runtime_dir("verify")));
+        drop(std::fs::remove_dir_all(&runtime));
     }
     verified
-}
-
-/// The context's dtype decides: a file is judged in the precision that it names.
-fn dtype(stated: &str, of_device: &'static str) -> &'static str {
-    match stated {
-        "float32" => "float32",
-        "bfloat16" => "bfloat16",
-        _ => of_device,
-    }
 }
 
 /// Verifies every window of a local world as a validator does: from the store, with the challenge of the block after it.
@@ -155,22 +165,34 @@ fn dtype(stated: &str, of_device: &'static str) -> &'static str {
 pub async fn local(
     state_dir: &Path,
     challenge: Option<ChallengeRandomness>,
-    device: &str,
+    settings: &JudgeSettings,
 ) -> Result<LocalVerdicts, CommandError> {
     let chain = Arc::new(LocalChain::open(state_dir)?);
     let beacon = Beacon::Local(chain.clone());
-    let store = WindowStore::new(open_store(&state::store_of(state_dir))?);
+    let objects = open_store(&state::store_of(state_dir))?;
+    let checkpoints = CheckpointStore::new(objects.clone());
+    let store = WindowStore::new(objects);
     let mut windows = Vec::new();
     for path in contexts(&state::windows_of(state_dir))? {
         let context = Context::read(&path)?;
         let (window, key) = (context.window, window_key(&context.hotkey, context.window));
-        let content =
-            store.get(&key).await.map_err(|source| CommandError::Store { path: key.to_string().into(), source })?;
+        check_facts(&context, &path, &chain, &checkpoints).await?;
+        let content = match store.get(&key).await {
+            Ok(content) => content,
+            // What is not in the store counts as absent, for a validator and here.
+            Err(object_store::Error::NotFound { .. }) => {
+                let absent = ReadError::Absent { detail: format!("{key} is not in the store") };
+                let verified = Verified { report: Report::of_read_error(&absent), shares: None };
+                windows.push(WindowVerdict { window, file: window_file_of(&path), verified });
+                continue;
+            }
+            Err(source) => return Err(CommandError::Store { path: key.to_string().into(), source }),
+        };
         // The hash of a simulated block is known at any time; a validator would wait for it.
         let hash = LocalChain::hash_of(chain.seed(), window.end());
         let challenge = challenge.clone().unwrap_or_else(|| beacon.challenge_randomness(&hash, window.end()));
         let verification = open(context, path.clone()).await?;
-        let verified = judge(&verification, content, challenge, device).await?;
+        let verified = judge(&verification, content, challenge, settings).await?;
         let file = window_file_of(&path);
         windows.push(WindowVerdict { window, file, verified });
     }
@@ -179,6 +201,29 @@ pub async fn local(
         return Err(CommandError::NoContext { path: state::windows_of(state_dir), detail });
     }
     Ok(LocalVerdicts { schema: LOCAL_SCHEMA, windows })
+}
+
+/// Chain and store, not the miner's word, say which block hash and which checkpoint belong to a window.
+async fn check_facts(
+    context: &Context,
+    path: &Path,
+    chain: &LocalChain,
+    checkpoints: &CheckpointStore,
+) -> Result<(), CommandError> {
+    let contradiction = |field, stated: String, found: String, source_file: PathBuf| {
+        CommandError::Context(ContextError::Contradiction { path: path.to_owned(), field, stated, found, source_file })
+    };
+    let hash = LocalChain::hash_of(chain.seed(), context.window.block());
+    if context.window_hash != hash {
+        let (stated, found) = (context.window_hash.to_string(), hash.to_string());
+        return Err(contradiction("window_hash", stated, found, PathBuf::from("the local chain")));
+    }
+    let chosen = checkpoints.choose(context.window).await.map_err(CommandError::Choose)?.checkpoint;
+    if context.checkpoint_window != chosen {
+        let (stated, found) = (context.checkpoint_window.to_string(), chosen.to_string());
+        return Err(contradiction("checkpoint_window", stated, found, PathBuf::from("the local store")));
+    }
+    Ok(())
 }
 
 const CONTEXT_SUFFIX: &str = ".parquet.context.json";

@@ -9,8 +9,7 @@ use grail_process::cause::DeathCause;
 use grail_process::{ChildSpec, Environment, Incarnation, NotReady};
 
 /// Variables that children get beside the harmless ones: none of them is a secret.
-const PASSED_ON: [&str; 6] =
-    ["GRAIL_LOG", "GRAIL_LIBTORCH_DIR", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "RUST_BACKTRACE", "NO_COLOR"];
+const PASSED_ON: [&str; 4] = ["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "RUST_BACKTRACE", "NO_COLOR"];
 
 /// A child that cannot be described.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +44,7 @@ pub fn sibling_program(name: &'static str) -> Result<PathBuf, ChildDefect> {
 /// [`ChildDefect`].
 pub fn serving(
     name: &str,
-    program: &Path,
+    (program, variables): (&Path, &[(&'static str, String)]),
     runtime: &RuntimeFolder,
     (slot, incarnation): (SlotId, Incarnation),
 ) -> Result<(ChildSpec, Expected, PathBuf), ChildDefect> {
@@ -54,10 +53,11 @@ pub fn serving(
     let token = Token::generate().map_err(ChildDefect::Token)?;
     let mut spec = ChildSpec::new(name, program);
     let descriptor = spec.hand_over(token.as_bytes()).map_err(ChildDefect::Token)?;
-    spec.environment = PASSED_ON
-        .iter()
-        .filter_map(|name| Some((name, std::env::var_os(name)?)))
-        .fold(Environment::harmless(), |environment, (name, value)| environment.with(*name, value));
+    let passed_on = PASSED_ON.iter().filter_map(|name| Some((*name, std::env::var_os(name)?)));
+    let resolved = variables.iter().map(|(name, value)| (*name, value.into()));
+    spec.environment = passed_on
+        .chain(resolved)
+        .fold(Environment::harmless(), |environment, (name, value)| environment.with(name, value));
     let spec = spec
         .argument("serve")
         .arguments(["--slot".to_owned(), slot.to_string(), "--epoch".to_owned(), epoch.to_string()])

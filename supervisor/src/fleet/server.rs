@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use grail_ipc::generate_api::CONTEXT_RESERVE_TOKENS;
-use grail_ipc::messages::{Backend, ServerSpec, Severity, SlotId};
+use grail_ipc::messages::{Backend, ServerSpec, SlotId};
 use grail_ipc::socket::RuntimeFolder;
 use grail_ipc::{Expected, LauncherClient, LauncherEvent, LauncherEvents, RequestError};
 use grail_process::cause::DeathCause;
@@ -36,6 +36,8 @@ const LAUNCHER_STOP_LIMIT: Duration = Duration::from_secs(25);
 #[derive(Debug, Clone)]
 pub struct ServerSettings {
     pub launcher: PathBuf,
+    /// Variables that the launcher must see, wherever they were set.
+    pub variables: Vec<(&'static str, String)>,
     pub backend: Backend,
     pub max_model_len: u32,
     pub max_running_requests: Option<u32>,
@@ -227,9 +229,17 @@ impl Keeper {
                     self.publish_loss(&reason);
                     if self.failures >= MOST_FAILURES || is_hopeless(&error) {
                         self.publish.send_replace(Served::Never(reason));
-                        // The launcher stays until the fleet is shut down: another one would fail in the same way.
-                        drop(client.closed().await);
-                        return;
+                        // Another launcher would fail in the same way; only another checkpoint may not.
+                        tokio::select! {
+                            _ = client.closed() => return,
+                            changed = self.wanted.changed() => if changed.is_err() { return },
+                        }
+                        self.failures = 0;
+                        self.publish.send_replace(Served::Nothing);
+                    }
+                    // After a failed update nobody knows what the old server holds: the next try starts a fresh one.
+                    if let Err(error) = client.stop().await {
+                        tracing::debug!(error = with_causes(&error), "There was no server to stop.");
                     }
                     tokio::time::sleep(Duration::from_millis(500) * self.failures).await;
                     continue;
@@ -307,7 +317,7 @@ impl Keeper {
 
 /// Whether another try would end the same way: the order itself is wrong.
 fn is_hopeless(error: &RequestError) -> bool {
-    matches!(error, RequestError::Failed(failed) if failed.severity == Severity::FatalForGroup || failed.code == BAD_SPEC)
+    matches!(error, RequestError::Failed(failed) if failed.code == BAD_SPEC)
 }
 
 /// Code of the launcher for an order that no server can fulfil.
@@ -380,7 +390,8 @@ impl Role for LauncherRole {
 
     fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, Box<dyn std::error::Error + Send + Sync>> {
         let place = (SlotId(0), incarnation);
-        let (mut spec, expected, socket) = child::serving("launcher", &self.settings.launcher, &self.runtime, place)?;
+        let (mut spec, expected, socket) =
+            child::serving("launcher", (&self.settings.launcher, &self.settings.variables), &self.runtime, place)?;
         // It must run its stop recipe when we die; killed at once it would leave the server's tree to init.
         spec.parent_death_signal = Some(grail_process::Signal::SIGTERM);
         self.call = Some((socket, expected));

@@ -14,7 +14,7 @@ use grail_process::cause::DeathCause;
 use grail_process::restart::RestartPolicy;
 use grail_process::state::State;
 use grail_process::{
-    Child, ChildEvent, ChildPolicy, ChildSpec, Incarnation, NotReady, Role, StopPlan, Supervised, supervise,
+    Child, ChildEvent, ChildPolicy, ChildSpec, Incarnation, NotReady, Role, Signal, StopPlan, Supervised, supervise,
 };
 use grail_protocol::ids::{CheckpointWindow, WeightsHash};
 use tokio::sync::{mpsc, watch};
@@ -30,6 +30,8 @@ use crate::proofs::{Proof, ProofError, ProofQueue, Worker};
 #[derive(Debug, Clone)]
 pub struct WorkerSettings {
     pub program: PathBuf,
+    /// Variables that the worker must see, wherever they were set.
+    pub variables: Vec<(&'static str, String)>,
     pub slots: u32,
     /// `cpu` or `cuda:0`.
     pub device: String,
@@ -205,26 +207,17 @@ impl Slot {
     }
 
     async fn roll(&self, target: &Target, limit: Duration) -> Result<(), String> {
-        let current = self.live.borrow().clone();
-        if let Some(worker) = current {
-            let reload = worker.client.reload(target.checkpoint, &target.folder, target.weights);
-            match tokio::time::timeout(limit, reload).await {
-                Ok(Ok(reloaded)) => {
-                    tracing::info!(slot = %self.id, checkpoint = %target.checkpoint, weights = %reloaded.weights,
-                        stall_us = reloaded.stall_us, "Worker has the checkpoint.");
-                    return Ok(());
-                }
-                Ok(Err(error)) => {
-                    tracing::warn!(slot = %self.id, error = with_causes(&error), "Reload failed; starting the worker anew.");
-                }
-                Err(_) => tracing::warn!(slot = %self.id, ?limit, "Reload took too long; starting the worker anew."),
-            }
-            let mut live = self.live.clone();
-            self.child.restart();
-            // The old incarnation must be gone before the new one counts.
-            let gone = live.wait_for(|now| now.as_ref().is_none_or(|now| !Arc::ptr_eq(now, &worker))).await;
-            drop(gone.map_err(|_| "the slot has ended".to_owned())?);
+        // A worker that is still starting may have read the old folder: it is rolled like the others once it is ready.
+        let worker = self.settled().await?;
+        match worker.reload(target, limit).await {
+            Ok(()) => return Ok(()),
+            Err(reason) => tracing::warn!(slot = %self.id, reason, "Reload failed; starting the worker anew."),
         }
+        let mut live = self.live.clone();
+        self.child.restart();
+        // The old incarnation must be gone before the new one counts; that one reads the new folder when it starts.
+        let gone = live.wait_for(|now| now.as_ref().is_none_or(|now| !Arc::ptr_eq(now, &worker))).await;
+        drop(gone.map_err(|_| "the slot has ended".to_owned())?);
         let worker = self.settled().await?;
         match worker.client.hello().weights {
             Some(weights) if weights == target.weights => Ok(()),
@@ -249,7 +242,7 @@ async fn follow(
                     pid: u32::try_from(child.pid()).unwrap_or_default(),
                     epoch: incarnation.number,
                 });
-                let worker = Arc::new(LiveWorker { slot, client: link });
+                let worker = Arc::new(LiveWorker { slot, client: link, child });
                 observers.queue.worker_ready(worker.clone());
                 publish.send_replace(Some(worker));
             }
@@ -285,7 +278,8 @@ impl Role for WorkerRole {
     fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, Box<dyn std::error::Error + Send + Sync>> {
         let name = format!("worker-{}", self.slot);
         let place = (self.slot, incarnation);
-        let (spec, expected, socket) = child::serving(&name, &self.settings.program, &self.runtime, place)?;
+        let (spec, expected, socket) =
+            child::serving(&name, (&self.settings.program, &self.settings.variables), &self.runtime, place)?;
         self.call = Some((socket, expected));
         let folder = self.target.borrow().folder.clone();
         Ok(spec
@@ -318,6 +312,25 @@ impl Role for WorkerRole {
 pub struct LiveWorker {
     slot: SlotId,
     client: Arc<WorkerClient>,
+    child: Arc<Child>,
+}
+
+/// A proof that takes longer than this is given up, as the protocol's reference does.
+const PROVE_LIMIT: Duration = Duration::from_secs(600);
+
+impl LiveWorker {
+    async fn reload(&self, target: &Target, limit: Duration) -> Result<(), String> {
+        let reload = self.client.reload(target.checkpoint, &target.folder, target.weights);
+        match tokio::time::timeout(limit, reload).await {
+            Ok(Ok(reloaded)) => {
+                tracing::info!(slot = %self.slot, checkpoint = %target.checkpoint, weights = %reloaded.weights,
+                    stall_us = reloaded.stall_us, "Worker has the checkpoint.");
+                Ok(())
+            }
+            Ok(Err(error)) => Err(with_causes(&error)),
+            Err(_) => Err(format!("no answer within {limit:?}")),
+        }
+    }
 }
 
 impl Worker for LiveWorker {
@@ -326,15 +339,27 @@ impl Worker for LiveWorker {
     }
 
     fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'static, Result<Proof, ProofError>> {
-        let (slot, client) = (self.slot, self.client.clone());
+        let (slot, client, child) = (self.slot, self.client.clone(), self.child.clone());
         async move {
-            match client.prove(&job).await {
-                Ok(group) => Ok(Proof { slot, group }),
-                Err(RequestError::Failed(failed)) if failed.severity != Severity::FatalForWorker => {
-                    Err(ProofError::Group { code: failed.code, detail: failed.detail })
-                }
-                Err(error) => Err(ProofError::WorkerLost { slot, cause: with_causes(&error) }),
+            let cause = match tokio::time::timeout(PROVE_LIMIT, client.prove(&job)).await {
+                Ok(Ok(group)) => return Ok(Proof { slot, group }),
+                Ok(Err(RequestError::Failed(failed))) => match failed.severity {
+                    Severity::FatalForGroup => {
+                        return Err(ProofError::Group { code: failed.code, detail: failed.detail });
+                    }
+                    Severity::Retryable => {
+                        return Err(ProofError::Declined { slot, code: failed.code, detail: failed.detail });
+                    }
+                    Severity::FatalForWorker => format!("{}: {}", failed.code, failed.detail),
+                },
+                Ok(Err(error)) => with_causes(&error),
+                Err(_) => format!("no answer within {PROVE_LIMIT:?}"),
+            };
+            // Whatever is left of it must not keep the slot: its end is noticed, and another incarnation comes.
+            if let Err(error) = child.signal(Signal::SIGKILL) {
+                tracing::debug!(%slot, %error, "The lost worker is gone already.");
             }
+            Err(ProofError::WorkerLost { slot, cause })
         }
         .boxed()
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use grail_protocol::ids::{BlockHash, CheckpointWindow, Hotkey, TokenId, WindowStart};
+use grail_protocol::randomness::{ChallengeRandomness, InvalidRandomness};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoints::CheckpointFiles;
@@ -96,11 +97,11 @@ impl Context {
     }
 }
 
-/// Holds the optional facts of `context` against the files that state them too, and returns the model's name.
+/// Holds the optional facts of `context` against the files that state them too.
 ///
 /// # Errors
 /// [`ContextError::Contradiction`] names both values and both files.
-pub fn check_contradictions(context: &Context, path: &Path, files: &CheckpointFiles) -> Result<String, ContextError> {
+pub fn check_contradictions(context: &Context, path: &Path, files: &CheckpointFiles) -> Result<(), ContextError> {
     let contradiction = |field, stated: String, found: String, source_file: &str| ContextError::Contradiction {
         path: path.to_owned(),
         field,
@@ -121,14 +122,36 @@ pub fn check_contradictions(context: &Context, path: &Path, files: &CheckpointFi
             return Err(contradiction(field, stated.to_string(), found.to_string(), "config.json"));
         }
     }
-    let published = published_model_name(&context.model_dir)?;
-    match (&context.model_name, published) {
+    match (&context.model_name, published_model_name(&context.model_dir)?) {
         (Some(stated), Some(found)) if *stated != found => {
             Err(contradiction("model_name", stated.clone(), found, LOCAL_METADATA))
         }
-        (Some(name), _) => Ok(name.clone()),
-        (None, Some(name)) => Ok(name),
-        (None, None) => Ok(context.model_dir.to_string_lossy().into_owned()),
+        _ => Ok(()),
+    }
+}
+
+/// `challenge_randomness` of a context.
+///
+/// # Errors
+/// [`ContextError::Malformed`] if it is not 64 hexadecimal digits, with or without `0x`.
+pub fn challenge_of(path: &Path, text: &str) -> Result<ChallengeRandomness, ContextError> {
+    text.trim().trim_start_matches("0x").to_lowercase().parse().map_err(|error: InvalidRandomness| {
+        ContextError::Malformed { path: path.to_owned(), detail: format!("challenge_randomness: {error}") }
+    })
+}
+
+/// `dtype` of a context: the precision in which a file is judged.
+///
+/// # Errors
+/// [`ContextError::Malformed`] for any other word.
+pub fn dtype_of(context: &Context, path: &Path) -> Result<&'static str, ContextError> {
+    match context.dtype.as_str() {
+        "float32" => Ok("float32"),
+        "bfloat16" => Ok("bfloat16"),
+        other => {
+            let detail = format!("dtype is {other:?}; write \"float32\" or \"bfloat16\"");
+            Err(ContextError::Malformed { path: path.to_owned(), detail })
+        }
     }
 }
 

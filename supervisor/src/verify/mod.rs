@@ -6,7 +6,7 @@ pub mod shares;
 pub mod table;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -63,11 +63,10 @@ pub enum VerifyError {
 #[derive(Debug)]
 pub struct Verification {
     context: Context,
-    context_path: PathBuf,
+    dtype: &'static str,
     files: CheckpointFiles,
     environment: Arc<dyn Environment>,
     thinking: ThinkingMode,
-    model_name: String,
 }
 
 /// A verdict with what belongs to it.
@@ -83,14 +82,15 @@ impl Verification {
     ///
     /// # Errors
     /// [`VerifyError`] if a named file cannot be used or contradicts the context.
-    pub fn new(context: Context, context_path: PathBuf) -> Result<Self, VerifyError> {
+    pub fn new(context: Context, context_path: &Path) -> Result<Self, VerifyError> {
+        let dtype = context::dtype_of(&context, context_path)?;
         let files = CheckpointFiles::read(&context.model_dir)?;
         let environment: EnvironmentId = context.env_id.parse()?;
         let split = Split::resolve(environment, context.split())?;
         let thinking: ThinkingMode = context.thinking_mode.parse()?;
         let environment = EnvironmentSource::new(context.dataset_rows.clone()).open(environment, split)?;
-        let model_name = context::check_contradictions(&context, &context_path, &files)?;
-        Ok(Self { context, context_path, files, environment, thinking, model_name })
+        context::check_contradictions(&context, context_path, &files)?;
+        Ok(Self { context, dtype, files, environment, thinking })
     }
 
     /// Folder of the checkpoint that the worker must hold.
@@ -99,16 +99,10 @@ impl Verification {
         &self.context
     }
 
-    /// Where the context was read.
+    /// The precision in which the file is judged.
     #[must_use]
-    pub fn context_path(&self) -> &std::path::Path {
-        &self.context_path
-    }
-
-    /// Name that an honest commit of this checkpoint carries.
-    #[must_use]
-    pub fn model_name(&self) -> &str {
-        &self.model_name
+    pub const fn dtype(&self) -> &'static str {
+        self.dtype
     }
 
     /// Judges `content`. `worker` starts a proof worker; it is only asked for if a row needs one.
