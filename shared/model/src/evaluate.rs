@@ -3,13 +3,18 @@
 use grail_protocol::ids::TokenId;
 use tch::{Kind, TchError, Tensor};
 
+use crate::device::Device;
 use crate::error::ProveError;
 use crate::model::{Model, host_f32};
 use crate::packed::{PackedBatch, SegmentIndex};
 use crate::sketch::{SelectedBuckets, SketchError};
 
-/// Logits made at once, in elements: bounds the memory of the output matrix's product and of its f32 copy.
-const LOGIT_ELEMENTS: usize = 1 << 24;
+/// Logits made at once on a GPU, in elements: bounds the memory of the output matrix's product and of its f32 copy.
+const GPU_LOGIT_ELEMENTS: usize = 1 << 26;
+/// The same on a CPU: a few megabytes stay in the cache.
+const CPU_LOGIT_ELEMENTS: usize = 1 << 20;
+/// Fewest rows of logits made at once, however large the vocabulary: with fewer the product is slow.
+const LEAST_LOGIT_ROWS: usize = 128;
 
 /// One rollout to evaluate; rollouts with an equal prompt that stand side by side share its rows.
 #[derive(Debug, Clone, Copy)]
@@ -242,7 +247,11 @@ struct LogitReader<'a> {
 
 impl LogitReader<'_> {
     fn chunk_rows(&self) -> usize {
-        (LOGIT_ELEMENTS / self.model.config().vocab_size).max(1)
+        let elements = match self.model.device() {
+            Device::Cpu => CPU_LOGIT_ELEMENTS,
+            Device::Cuda(_) => GPU_LOGIT_ELEMENTS,
+        };
+        (elements / self.model.config().vocab_size).max(LEAST_LOGIT_ROWS)
     }
 
     fn on_device(&self, values: &[i64]) -> Result<Tensor, TchError> {

@@ -297,16 +297,7 @@ impl Decoder {
             let Heads { query, key, value } = layer.heads(&x, &rotation, self.shape)?;
             view.store(keys, &key)?;
             view.store(values, &value)?;
-            let attended = Tensor::f_scaled_dot_product_attention(
-                &view.queries(&query)?,
-                &view.window(keys)?,
-                &view.window(values)?,
-                Some(&view.mask),
-                0.0,
-                false,
-                self.shape.scale(),
-                false,
-            )?;
+            let attended = view.attend(&query, keys, values)?;
             x = layer.finish(&x, &view.rows(&attended)?.f_reshape([-1, heads * head_dim])?)?;
         }
         host_f32(&network.logits(&network.norm.forward(&x)?)?)
@@ -321,7 +312,7 @@ struct StepView {
     slots: Tensor,
     positions: Tensor,
     span: Span,
-    /// `[rows, 1, queries, window]`
+    /// `[rows, 1, 1, window]`: 0 where a key is visible, else −∞.
     mask: Tensor,
     window: i64,
 }
@@ -368,9 +359,10 @@ impl StepView {
         };
         let shape = decoder.shape;
         let rows = visible.len() as i64;
-        let mask = Tensor::f_arange(window, (Kind::Int64, device))?
-            .f_lt_tensor(&on_device(&visible)?.f_view([rows, 1, 1, 1])?)?
-            .f_expand([rows, 1, shape.heads / shape.kv_heads, window], false)?;
+        let hidden = Tensor::f_arange(window, (Kind::Int64, device))?
+            .f_ge_tensor(&on_device(&visible)?.f_view([rows, 1, 1, 1])?)?;
+        let mask = Tensor::f_zeros([rows, 1, 1, window], (decoder.model.network().kind, device))?
+            .f_masked_fill(&hidden, f64::NEG_INFINITY)?;
         Ok(Self { shape, slots: on_device(&slots)?, positions: on_device(positions)?, span, mask, window })
     }
 
@@ -379,6 +371,15 @@ impl StepView {
         let mut cache = cache.shallow_clone();
         let at = [Some(&self.slots), None, Some(&self.positions)];
         cache.f_index_put_(&at, new, false).map(drop)
+    }
+
+    /// Attention of the named slots over a layer's cache, `[rows, kv_heads, queries, head_dim]`.
+    ///
+    /// Written out: for one token a slot, libtorch's fused kernel spends its time on the set-up of many tiny products.
+    fn attend(&self, query: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor, TchError> {
+        let queries = self.queries(query)?.f_mul_scalar(self.shape.scale())?;
+        let scores = queries.f_matmul(&self.window(keys)?.f_transpose(-2, -1)?)?;
+        scores.f_add(&self.mask)?.f_softmax(-1, None)?.f_matmul(&self.window(values)?)
     }
 
     /// `[n, heads, head_dim]` to `[rows, kv_heads, queries, head_dim]`: the queries that share a key head become the

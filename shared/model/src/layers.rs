@@ -92,6 +92,24 @@ impl Layer {
         Ok(Heads { query, key, value })
     }
 
+    /// [`Layer::finish`] for many tokens: on a CPU a few hundred rows at a time, so that the wide activations of the feed-forward
+    /// part stay in the cache and are not mapped and unmapped by every operation (a quarter of the time at 6,000 tokens).
+    fn finish_in_chunks(&self, x: &Tensor, attended: &Tensor) -> Result<Tensor, TchError> {
+        const CHUNK_ROWS: i64 = 512;
+        let rows = x.size()[0];
+        if rows <= CHUNK_ROWS || x.device() != Device::Cpu || x.requires_grad() {
+            return self.finish(x, attended);
+        }
+        let mut finished = Vec::new();
+        let mut first = 0;
+        while first < rows {
+            let count = CHUNK_ROWS.min(rows - first);
+            finished.push(self.finish(&x.f_narrow(0, first, count)?, &attended.f_narrow(0, first, count)?)?);
+            first += count;
+        }
+        Tensor::f_cat(&finished, 0)
+    }
+
     /// The rest of the layer behind attention.
     ///
     /// * `x`: the layer's input, `[tokens, hidden]`; `attended`: `[tokens, heads · head_dim]`.
@@ -124,11 +142,11 @@ impl Network {
     /// Last hidden states with the final norm applied, `[tokens, hidden]` in the model's dtype.
     pub(crate) fn hidden(&self, batch: &PackedBatch) -> Result<Tensor, TchError> {
         let shape = HeadShape::of(&self.config);
-        let plan = AttentionPlan::new(batch, shape, self.device)?;
+        let plan = AttentionPlan::new(batch, shape, (self.kind, self.device))?;
         let (mut x, rotation) = self.embed(batch.tokens(), batch.positions())?;
         for layer in &self.layers {
             let Heads { query, key, value } = layer.heads(&x, &rotation, shape)?;
-            x = layer.finish(&x, &plan.attend(&query, &key, &value)?)?;
+            x = layer.finish_in_chunks(&x, &plan.attend(&query, &key, &value)?)?;
         }
         self.norm.forward(&x)
     }

@@ -17,6 +17,12 @@ pub struct Segment {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SegmentIndex(usize);
 
+impl SegmentIndex {
+    pub(crate) const fn place(self) -> usize {
+        self.0
+    }
+}
+
 /// Tokens of several sequences end to end.
 #[derive(Debug, Clone, Default)]
 pub struct PackedBatch {

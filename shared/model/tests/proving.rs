@@ -56,11 +56,11 @@ fn alone(model: &Model, sequence: &[TokenId]) -> (Vec<f32>, Vec<f32>) {
 fn sharing_the_prompt_changes_nothing_but_rounding() {
     for name in MODELS {
         let model = load(name, &options());
-        // Completions shorter and longer than the prompt take different ways through attention.
-        for prompt_length in [1, 40] {
+        // Completions within one block of queries and over several, shorter and longer than the prompt.
+        for prompt_length in [1, 40, 150] {
             let prompt = tokens(1, prompt_length);
             let completions: Vec<Vec<TokenId>> =
-                [1, 33, 40, 41, 90, 2].into_iter().zip(10..).map(|(length, seed)| tokens(seed, length)).collect();
+                [1, 33, 40, 41, 300, 2].into_iter().zip(10..).map(|(length, seed)| tokens(seed, length)).collect();
             let mut batch = PackedBatch::new();
             let shared = batch.push_sequence(&prompt);
             let places: Vec<_> =
