@@ -6,6 +6,8 @@ use std::sync::Once;
 
 use tch::Kind;
 
+use crate::error::LoadError;
+
 /// A device by name: `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Device {
@@ -51,6 +53,16 @@ impl Device {
         match self {
             Self::Cpu => Dtype::F32,
             Self::Cuda(_) => Dtype::Bf16,
+        }
+    }
+
+    /// # Errors
+    /// [`LoadError::NoDevice`] for a GPU that libtorch does not see.
+    pub(crate) fn check(self) -> Result<(), LoadError> {
+        let devices = usize::try_from(tch::Cuda::device_count()).unwrap_or_default();
+        match self {
+            Self::Cuda(index) if index >= devices => Err(LoadError::NoDevice { device: self, devices }),
+            Self::Cpu | Self::Cuda(_) => Ok(()),
         }
     }
 

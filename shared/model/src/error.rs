@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use tch::TchError;
 
 use crate::config::ConfigError;
+use crate::device::Device;
 use crate::safetensors::SafetensorsError;
 
 /// Why a folder cannot be loaded as a model.
@@ -45,6 +46,11 @@ pub enum LoadError {
     /// The embedding is tied, but the file's output matrix is another one.
     #[error("config.json ties the embeddings, but lm_head.weight in {file} differs from model.embed_tokens.weight")]
     TiedHeadDiffers { file: PathBuf },
+    /// The device is not there; see [`crate::gpu::enable`].
+    #[error(
+        "device {device} does not exist: {devices} GPUs are visible with the CUDA library that is loaded, if any is"
+    )]
+    NoDevice { device: Device, devices: usize },
     /// libtorch refused an operation.
     #[error(transparent)]
     Torch(#[from] TorchError),

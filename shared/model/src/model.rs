@@ -57,6 +57,7 @@ impl Model {
     /// # Errors
     /// [`LoadError`] naming the field, the file or the tensor.
     pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self, LoadError> {
+        options.device.check()?;
         let config = ModelConfig::from_dir(folder)?;
         let files = WeightFiles::open(folder)?;
         files.check(&config)?;

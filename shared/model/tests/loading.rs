@@ -406,3 +406,10 @@ fn yarn_takes_its_length_from_the_model_if_it_has_none() {
     }
     folder.load().unwrap();
 }
+
+#[test]
+fn a_gpu_that_is_not_there_is_named() {
+    // No CUDA library is loaded in this process, so none is visible, whatever the host has.
+    let error = Model::load(Folder::new().path(), &LoadOptions::on(Device::Cuda(1))).expect_err("no GPU is visible");
+    assert!(matches!(error, LoadError::NoDevice { device: Device::Cuda(1), devices: 0 }), "{error}");
+}
