@@ -86,12 +86,6 @@ impl Fleet {
         Self { settings, queue: ProofQueue::start(), journal, progress, running: None }
     }
 
-    /// Whether children run.
-    #[must_use]
-    pub const fn is_started(&self) -> bool {
-        self.running.is_some()
-    }
-
     /// Dtype of the proofs.
     #[must_use]
     pub const fn dtype(&self) -> &'static str {
