@@ -24,7 +24,8 @@ demo: build ## Mine two windows on the embedded default, verify both, and say wh
 
 .PHONY: test
 test: libtorch ## Run every test and print how many golden-vector cases ran, by file.
-	cargo build --workspace --bins --locked
+	@# With --tests the binaries get the same features as the tests, so nothing is built twice.
+	cargo build --workspace --bins --tests --locked
 	@rm -rf "$(REPORT_DIR)"
 	@if cargo nextest --version >/dev/null 2>&1; then \
 		GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo nextest run --workspace --locked; \
