@@ -7,12 +7,13 @@ use bytes::Bytes;
 use grail_protocol::constants::ROLLOUTS_PER_PROBLEM;
 use grail_protocol::gate::TimeGate;
 use grail_protocol::ids::{BlockNumber, GroupIndex, WindowStart};
-use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::chain::{Chain, ChainError, Head};
+use crate::clock::Clock;
+use crate::fleet::FleetError;
 use crate::generation::GenerationError;
 use crate::group::{self, Dropped, WindowParts};
 use crate::journal::{Event, Journal};
@@ -42,8 +43,34 @@ pub struct Engine {
     pub limits: Limits,
     pub gate: TimeGate,
     pub journal: Journal,
+    pub clock: Clock,
     /// Zero of the progress display's milliseconds.
     pub started: Instant,
+}
+
+/// How a window is told to end before its time.
+#[derive(Debug, Clone, Default)]
+pub struct StopSignals {
+    /// Nothing new is begun; what is under way is finished, sealed and uploaded.
+    pub drain: CancellationToken,
+    /// What is under way is given up; what is spooled is sealed and uploaded.
+    pub now: CancellationToken,
+}
+
+impl StopSignals {
+    /// Whether nothing new may be begun.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.drain.is_cancelled() || self.now.is_cancelled()
+    }
+
+    /// Waits until nothing new may be begun.
+    pub async fn stopping(&self) {
+        tokio::select! {
+            () = self.drain.cancelled() => {}
+            () = self.now.cancelled() => {}
+        }
+    }
 }
 
 /// How a window ended.
@@ -80,6 +107,8 @@ pub enum EngineError {
     NoWorkers,
     #[error("the generation server was given up")]
     NoServer,
+    #[error(transparent)]
+    Fleet(FleetError),
     #[error("sealing task ended abnormally")]
     Task(#[from] tokio::task::JoinError),
 }
@@ -105,10 +134,12 @@ struct Running {
 }
 
 /// What will not come back in this process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 enum GivenUp {
     Workers,
     Server,
+    /// It never came to have the window's weights.
+    Fleet(FleetError),
 }
 
 /// Drops in a row after which admission slows down to one group a block.
@@ -117,25 +148,28 @@ const MANY_DROPS: usize = 16;
 const ABORT_LIMIT: Duration = Duration::from_millis(500);
 
 impl Engine {
-    /// Runs one window to its upload. `stop` ends admission; what is under way is finished while there is time.
+    /// Runs one window to its upload, or until `stop`. Groups are admitted once `fleet` is there; what a spool from before a crash
+    /// holds goes out even if it never is.
     ///
     /// # Errors
     /// [`EngineError`]; the spool then holds every group that was signed.
     pub async fn run_window(
         &mut self,
         parts: Arc<WindowParts>,
-        stop: CancellationToken,
+        stop: &StopSignals,
+        fleet: impl Future<Output = Result<(), FleetError>>,
     ) -> Result<Outcome, EngineError> {
         let head = self.chain.head().await?;
         let mut running = self.begin(parts, head)?;
-        let filled = self.fill(&mut running, stop).await;
-        let given_up = running.given_up;
+        let filled = self.fill(&mut running, stop, fleet).await;
+        let given_up = running.given_up.take();
         // Whatever ended the window, what is spooled goes out first.
         let outcome = self.finish(running).await?;
         filled?;
         match given_up {
             Some(GivenUp::Workers) => Err(EngineError::NoWorkers),
             Some(GivenUp::Server) => Err(EngineError::NoServer),
+            Some(GivenUp::Fleet(error)) => Err(EngineError::Fleet(error)),
             None => Ok(outcome),
         }
     }
@@ -187,40 +221,63 @@ impl Engine {
     }
 
     /// Admits groups and spools them until time, the cap or `stop` ends the window.
-    async fn fill(&mut self, running: &mut Running, stop: CancellationToken) -> Result<(), EngineError> {
+    async fn fill(
+        &mut self,
+        running: &mut Running,
+        stop: &StopSignals,
+        fleet: impl Future<Output = Result<(), FleetError>>,
+    ) -> Result<(), EngineError> {
+        let mut fleet = std::pin::pin!(fleet);
+        let mut is_ready = false;
         let window = running.parts.plan.window;
         let stragglers = self.straggler_deadline(running.parts.plan.deadline);
         let mut ticks = tokio::time::interval((self.chain.nominal_block_time() / 4).min(Duration::from_secs(1)));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut block = self.observe_head(running).await?;
         loop {
-            let open = !stop.is_cancelled() && running.given_up.is_none() && WindowStart::containing(block) == window;
-            if open {
+            let open = !stop.is_stopping() && running.given_up.is_none() && WindowStart::containing(block) == window;
+            if open && is_ready {
                 self.admit(running, block);
             }
             if running.tasks.is_empty() && (!open || !self.may_admit(running, block)) {
                 return Ok(());
             }
             tokio::select! {
+                biased;
                 Some(finished) = running.tasks.join_next() => self.take_result(running, finished)?,
-                _ = ticks.tick() => block = self.observe_head(running).await?,
-                () = stop.cancelled(), if open => {}
+                () = stop.now.cancelled() => return self.give_up_stragglers(running, "told to stop at once").await,
                 () = tokio::time::sleep_until(stragglers) => {
-                    while let Some(finished) = running.tasks.try_join_next() {
-                        self.take_result(running, finished)?;
-                    }
-                    let aborted = running.tasks.len();
-                    tracing::warn!(%window, aborted, "Groups that were not ready in time are given up.");
-                    running.dropped += aborted;
-                    running.tasks = JoinSet::new();
-                    let told = tokio::time::timeout(ABORT_LIMIT, running.parts.generator.abort_all()).await;
-                    if told.is_err() {
-                        tracing::warn!("The generation server did not take the abort in time.");
-                    }
-                    return Ok(());
+                    return self.give_up_stragglers(running, "the upload needs the time that is left").await;
                 }
+                () = stop.drain.cancelled(), if open => {}
+                ready = &mut fleet, if !is_ready => {
+                    is_ready = true;
+                    if let Err(error) = ready {
+                        running.given_up = Some(GivenUp::Fleet(error));
+                    }
+                }
+                _ = ticks.tick() => block = self.observe_head(running).await?,
             }
         }
+    }
+
+    /// Ends what is under way; what is ready already counts.
+    async fn give_up_stragglers(&mut self, running: &mut Running, reason: &str) -> Result<(), EngineError> {
+        while let Some(finished) = running.tasks.try_join_next() {
+            self.take_result(running, finished)?;
+        }
+        let aborted = running.tasks.len();
+        if aborted == 0 {
+            return Ok(());
+        }
+        tracing::warn!(window = %running.parts.plan.window, aborted, reason, "Groups under way are given up.");
+        running.dropped += aborted;
+        running.tasks = JoinSet::new();
+        let told = tokio::time::timeout(ABORT_LIMIT, running.parts.generator.abort_all()).await;
+        if told.is_err() {
+            tracing::warn!("The generation server did not take the abort in time.");
+        }
+        Ok(())
     }
 
     async fn observe_head(&mut self, running: &Running) -> Result<BlockNumber, EngineError> {
@@ -234,8 +291,7 @@ impl Engine {
     /// Latest moment at which a group may still be waited for: what the upload may need lies behind it.
     fn straggler_deadline(&self, deadline: SystemTime) -> Instant {
         let reserve = self.gate.upload_seconds() + self.gate.block_seconds();
-        let left = deadline.duration_since(SystemTime::now()).unwrap_or_default();
-        Instant::now() + left.saturating_sub(Duration::from_secs_f64(reserve.max(0.0)))
+        self.clock.instant_of(deadline - Duration::from_secs_f64(reserve.max(0.0)))
     }
 
     fn may_admit(&self, running: &Running, block: BlockNumber) -> bool {
@@ -327,16 +383,16 @@ impl Engine {
         let window = parts.plan.window;
         let sealed = {
             let parts = parts.clone();
-            tokio::task::spawn_blocking(move || seal::seal(groups, &parts)).await??
+            parts.offload.run(move || seal::seal(groups, &parts)).await??
         };
-        let Sealed { content, groups } = sealed;
+        let Sealed { content, groups, sha256 } = sealed;
         let groups = groups.len();
         self.journal.record(Event::WindowSealed {
             window,
             groups,
             rollouts: groups * ROLLOUTS_PER_PROBLEM,
             bytes: content.len(),
-            sha256: hex::encode(Sha256::digest(&content)),
+            sha256,
         });
         // A disk that is full must not keep the window from the store.
         let kept = seal::keep_copy(&self.windows_dir, &parts, &content);
@@ -355,7 +411,8 @@ impl Engine {
         let (window, bytes) = (parts.plan.window, content.len());
         let key = store::window_key(&parts.plan.hotkey, window);
         let began = Instant::now();
-        let stored: Result<(), UploadError> = self.store.put_confirmed(&key, content, parts.plan.deadline).await;
+        let deadline = (parts.plan.deadline, self.clock.instant_of(parts.plan.deadline));
+        let stored: Result<(), UploadError> = self.store.put_confirmed(&key, content, deadline).await;
         match stored {
             Ok(()) => {
                 self.gate.record_upload(began.elapsed());

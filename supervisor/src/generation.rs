@@ -41,6 +41,16 @@ pub enum GenerationError {
     Unacceptable { rid: String, source: BadResponse },
     #[error("answer to {rid} cannot be read: {detail}")]
     Unreadable { rid: String, detail: String },
+    #[error("answer to {rid} broke off")]
+    BrokenOff { rid: String, source: reqwest::Error },
+}
+
+impl GenerationError {
+    /// Whether the connection failed, so that the same sample may be had from another server.
+    #[must_use]
+    pub const fn is_of_transport(&self) -> bool {
+        matches!(self, Self::Transport { .. } | Self::BrokenOff { .. })
+    }
 }
 
 /// Source of completions.
@@ -143,7 +153,8 @@ impl HttpGenerator {
 async fn read_bounded(mut answer: reqwest::Response, rid: &str) -> Result<GenerateResponse, GenerationError> {
     let unreadable = |detail: String| GenerationError::Unreadable { rid: rid.to_owned(), detail };
     let mut body = Vec::new();
-    while let Some(chunk) = answer.chunk().await.map_err(|error| unreadable(error.to_string()))? {
+    let broken_off = |source| GenerationError::BrokenOff { rid: rid.to_owned(), source };
+    while let Some(chunk) = answer.chunk().await.map_err(broken_off)? {
         if body.len() + chunk.len() > MAX_RESPONSE_BYTES {
             return Err(unreadable(format!("it is longer than {MAX_RESPONSE_BYTES} bytes")));
         }

@@ -17,7 +17,9 @@ use grail_protocol::termination::CompletionEnd;
 use grail_protocol::{advantage, binding, hash, nonce, seed};
 use grail_text::{ChatTemplate, Tokenizer};
 
+use crate::clock::Clock;
 use crate::generation::{GenerationError, Generator, Sample};
+use crate::offload::Offload;
 use crate::plan::WindowPlan;
 use crate::progress::{Progress, Stage};
 use crate::proofs::{Proof, ProofError, Prover};
@@ -39,6 +41,8 @@ pub struct WindowParts {
     pub prover: Arc<dyn Prover>,
     pub signer: Arc<Keypair>,
     pub progress: Arc<Progress>,
+    pub clock: Clock,
+    pub offload: Offload,
 }
 
 /// Why a group was dropped.
@@ -93,7 +97,9 @@ pub async fn run(parts: Arc<WindowParts>, group: GroupIndex, block: BlockNumber)
     check_proof(&parts, &generated, &proof)?;
     drop(stage);
     // Thirty-two signatures and the hashes of sixteen rollouts: milliseconds that the event loop should not wait for.
-    tokio::task::spawn_blocking(move || sign(&parts, group, block, &generated, &proof, &evaluations))
+    let offload = parts.offload;
+    offload
+        .run(move || sign(&parts, group, block, &generated, &proof, &evaluations))
         .await
         .map_err(Dropped::Signing)
 }

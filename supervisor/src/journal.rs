@@ -3,10 +3,12 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use grail_protocol::ids::{BlockNumber, CheckpointWindow, GroupIndex, WeightsHash, WindowStart};
 use serde::{Deserialize, Serialize};
+
+use crate::clock::Clock;
 
 /// Name of the journal in the state directory.
 pub const FILE: &str = "journal.jsonl";
@@ -28,6 +30,11 @@ pub enum Event {
         slot: u32,
         epoch: u64,
         cause: String,
+    },
+    /// The slot stays empty until an operator or its timer releases it.
+    WorkerGivenUp {
+        slot: u32,
+        reason: String,
     },
     ServerReady {
         url: String,
@@ -93,6 +100,7 @@ struct Line {
 #[derive(Debug)]
 pub struct Journal {
     file: File,
+    clock: Clock,
     /// The file ends inside a line.
     torn: bool,
 }
@@ -112,16 +120,16 @@ impl Journal {
     ///
     /// # Errors
     /// What the file system says.
-    pub fn open(state_dir: &Path) -> io::Result<Self> {
+    pub fn open(state_dir: &Path, clock: Clock) -> io::Result<Self> {
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(state_dir.join(FILE))?;
         // A line that a crash or a full disk cut short must not swallow the next one.
         let torn = ends_inside_a_line(&mut file)?;
-        Ok(Self { file, torn })
+        Ok(Self { file, clock, torn })
     }
 
     /// Appends one event, in one write, so that lines of a crash are whole or absent.
     pub fn record(&mut self, event: Event) {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since = self.clock.now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let line = Line { unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX), event };
         let written = serde_json::to_vec(&line).map_err(io::Error::from).and_then(|mut text| {
             text.push(b'\n');
@@ -160,10 +168,10 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let started = Event::Started { pid: 1, build: "0".into() };
         let stopped = Event::Stopped { reason: "done".into() };
-        let mut journal = Journal::open(state.path()).unwrap();
+        let mut journal = Journal::open(state.path(), Clock::system()).unwrap();
         journal.record(started.clone());
         journal.file.write_all(b"{\"unix_ms\": 1, \"ev").unwrap();
-        let mut journal = Journal::open(state.path()).unwrap();
+        let mut journal = Journal::open(state.path(), Clock::system()).unwrap();
         journal.record(stopped.clone());
         assert_eq!(read(state.path()).unwrap(), vec![started, stopped]);
     }

@@ -2,26 +2,26 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use grail_environments::{Environment, EnvironmentId, Split, ThinkingMode};
 use grail_protocol::constants::DEADLINE_SLACK_SECONDS;
 use grail_protocol::ids::WindowStart;
 use grail_protocol::keys::Keypair;
-use tokio_util::sync::CancellationToken;
 
 use crate::beacon::Beacon;
 use crate::chain::{Chain, ChainError, Head};
 use crate::checkpoints::{CheckpointError, Checkpoints, ReadyCheckpoint};
-use crate::engine::{Engine, EngineError, Outcome, with_causes};
+use crate::engine::{Engine, EngineError, Outcome, StopSignals, with_causes};
 use crate::environments::{EnvironmentSource, SourceError};
 use crate::fleet::{Fleet, FleetError};
 use crate::generation::Generator;
 use crate::group::WindowParts;
 use crate::journal::Event;
+use crate::offload::Offload;
 use crate::plan::WindowPlan;
 use crate::progress::Progress;
-use crate::spool::SpoolError;
+use crate::spool::{self, SpoolError};
 use crate::state::{StateDir, StateError, WindowRandomness};
 
 /// A miner that cannot go on.
@@ -96,16 +96,16 @@ impl Miner {
     ///
     /// # Errors
     /// [`MineError`]; what was spooled stays in the spool.
-    pub async fn run(&mut self, windows: Option<usize>, stop: CancellationToken) -> Result<Summary, MineError> {
+    pub async fn run(&mut self, windows: Option<usize>, stop: StopSignals) -> Result<Summary, MineError> {
         let mut summary = Summary::default();
         let mut done = self.last_uploaded();
         self.warm_up(done).await?;
-        while windows.is_none_or(|windows| summary.uploaded.len() < windows) {
+        while !stop.is_stopping() && windows.is_none_or(|windows| summary.uploaded.len() < windows) {
             let Some(head) = self.next_window(done, &stop).await? else { break };
             let window = WindowStart::containing(head.block);
             done = Some(window);
-            let parts = match self.prepare(window, head).await {
-                Ok(parts) => parts,
+            let (parts, checkpoint) = match self.prepare(window, head).await {
+                Ok(prepared) => prepared,
                 Err(NotBegun::Fatal(error)) => return Err(error),
                 Err(NotBegun::Skipped(reason)) => {
                     self.skip(window, with_causes(&reason));
@@ -113,7 +113,8 @@ impl Miner {
                     continue;
                 }
             };
-            let outcome = match self.engine.run_window(parts, stop.child_token()).await {
+            let fleet = self.fleet.roll(&checkpoint);
+            let outcome = match self.engine.run_window(parts, &stop, fleet).await {
                 Err(EngineError::Spool(error @ SpoolError::OtherWindow { .. })) => {
                     self.skip(window, with_causes(&error));
                     summary.skipped += 1;
@@ -134,20 +135,21 @@ impl Miner {
     }
 
     /// Starts the children on the checkpoint of the first window, before it begins. Nothing runs yet that waiting would help, so
-    /// what is wrong is said at once.
+    /// what is wrong is said at once; but what a crash left in the spool of a window goes first, whatever the children do.
     async fn warm_up(&mut self, done: Option<WindowStart>) -> Result<(), MineError> {
         let head = self.chain.head().await?;
         let current = WindowStart::containing(head.block).max(self.chain.first_window());
         let window = if done == Some(current) { current.next() } else { current };
+        if self.has_spooled(window) {
+            return Ok(());
+        }
         let checkpoint = self.checkpoints.for_window(window).await.map_err(MineError::FirstCheckpoint)?;
-        self.fleet.roll(&checkpoint).await?;
-        self.note_weights(&checkpoint);
-        Ok(())
+        Ok(self.fleet.roll(&checkpoint).await?)
     }
 
-    fn note_weights(&mut self, checkpoint: &ReadyCheckpoint) {
-        let (checkpoint, weights) = (checkpoint.installed.window, checkpoint.installed.weights_hash);
-        self.engine.journal.record(Event::CheckpointActive { checkpoint, weights });
+    fn has_spooled(&self, window: WindowStart) -> bool {
+        let read = spool::read(&spool::path_of(&self.engine.spool_dir, window));
+        read.is_ok_and(|(_, groups)| !groups.is_empty())
     }
 
     /// A window whose file is in the store must not be put again: the later object would be the one that counts.
@@ -164,9 +166,12 @@ impl Miner {
     async fn next_window(
         &self,
         done: Option<WindowStart>,
-        stop: &CancellationToken,
+        stop: &StopSignals,
     ) -> Result<Option<Head>, ChainError> {
         loop {
+            if let Some(step) = self.engine.clock.resync() {
+                tracing::warn!(?step, "The system's clock was set.");
+            }
             let head = self.chain.head().await?;
             let window = WindowStart::containing(head.block);
             let wanted = match done {
@@ -176,30 +181,32 @@ impl Miner {
                 _ => return Ok(Some(head)),
             };
             let due = self.chain.expected_time(wanted.block()).await?;
-            let pause = due.duration_since(SystemTime::now()).unwrap_or_default();
+            let pause = due.duration_since(self.engine.clock.now()).unwrap_or_default();
             let pause = pause.clamp(Duration::from_millis(10), Duration::from_secs(5));
             tokio::select! {
-                () = stop.cancelled() => return Ok(None),
+                () = stop.stopping() => return Ok(None),
                 () = tokio::time::sleep(pause) => {}
             }
-            if stop.is_cancelled() {
+            if stop.is_stopping() {
                 return Ok(None);
             }
         }
     }
 
-    async fn prepare(&mut self, window: WindowStart, head: Head) -> Result<Arc<WindowParts>, NotBegun> {
+    async fn prepare(
+        &mut self,
+        window: WindowStart,
+        head: Head,
+    ) -> Result<(Arc<WindowParts>, Arc<ReadyCheckpoint>), NotBegun> {
         let checkpoint = self.checkpoints.for_window(window).await?;
         let plan = self.plan(window, head, &checkpoint).await?;
         let environment = self.environments.open(plan.environment, plan.split)?;
-        if self.fleet.roll(&checkpoint).await.map_err(fatal)? {
-            self.note_weights(&checkpoint);
-        }
+        self.fleet.ensure_started(&checkpoint).map_err(fatal)?;
         let generator = self
             .fleet
             .generator()
-            .ok_or_else(|| fatal(FleetError::Server { reason: "it was never started".to_owned() }))?;
-        Ok(Arc::new(self.parts(plan, &checkpoint, environment, generator)))
+            .ok_or_else(|| fatal(FleetError::Server { reason: "it was never started".to_owned(), exit: None }))?;
+        Ok((Arc::new(self.parts(plan, &checkpoint, environment, generator)), checkpoint))
     }
 
     fn parts(
@@ -222,6 +229,8 @@ impl Miner {
             prover: self.fleet.prover(),
             signer: self.signer.clone(),
             progress: self.progress.clone(),
+            clock: self.engine.clock.clone(),
+            offload: Offload::default(),
         }
     }
 

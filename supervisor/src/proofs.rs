@@ -1,7 +1,7 @@
 //! The proof workers as seen by the engine: jobs go in, proofs come out, whoever makes them.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -31,8 +31,9 @@ pub enum ProofError {
     Group { code: String, detail: String },
     #[error("worker {slot} declined ({code}): {detail}")]
     Declined { slot: SlotId, code: String, detail: String },
+    /// `blameless` if the worker was ended for a reason that has nothing to do with its work.
     #[error("worker {slot} is lost: {cause}")]
-    WorkerLost { slot: SlotId, cause: String },
+    WorkerLost { slot: SlotId, cause: String, blameless: bool },
     #[error("group was on {deaths} workers that died; its inputs are poisonous")]
     Poisonous { deaths: u32 },
     #[error("no worker is left")]
@@ -63,10 +64,22 @@ enum Message {
     NoMoreWorkers,
 }
 
+/// What a worker has to do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Load {
+    pub jobs: usize,
+    pub tokens: usize,
+    /// Groups that it has proved since it was started.
+    pub proved: u64,
+}
+
+type Loads = Arc<Mutex<BTreeMap<SlotId, Load>>>;
+
 /// The engine's end of the dispatcher.
 #[derive(Debug, Clone)]
 pub struct ProofQueue {
     sender: mpsc::UnboundedSender<Message>,
+    loads: Loads,
 }
 
 impl ProofQueue {
@@ -74,8 +87,16 @@ impl ProofQueue {
     #[must_use]
     pub fn start() -> Self {
         let (sender, receiver) = mpsc::unbounded_channel();
-        tokio::spawn(Dispatcher::default().run(receiver));
-        Self { sender }
+        let loads = Loads::default();
+        let dispatcher = Dispatcher { loads: loads.clone(), ..Dispatcher::default() };
+        tokio::spawn(dispatcher.run(receiver));
+        Self { sender, loads }
+    }
+
+    /// What each worker that takes requests has to do.
+    #[must_use]
+    pub fn loads(&self) -> BTreeMap<SlotId, Load> {
+        self.loads.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// A worker is ready for requests.
@@ -83,7 +104,8 @@ impl ProofQueue {
         self.send(Message::Ready(worker));
     }
 
-    /// The worker of `slot` takes no more requests; those in flight fail by themselves and are sent elsewhere.
+    /// The worker of `slot` takes no more requests. Those in flight are answered or fail by themselves; a failed one is sent
+    /// elsewhere.
     pub fn worker_lost(&self, slot: SlotId) {
         self.send(Message::Lost(slot));
     }
@@ -122,8 +144,7 @@ struct Pending {
 #[derive(Debug)]
 struct Lane {
     worker: Arc<dyn Worker>,
-    jobs: usize,
-    tokens: usize,
+    load: Load,
 }
 
 /// One task owns all lanes and the queue: least loaded lane by tokens, two jobs a lane.
@@ -132,6 +153,7 @@ struct Dispatcher {
     lanes: Vec<Lane>,
     waiting: VecDeque<Pending>,
     closed: bool,
+    loads: Loads,
 }
 
 /// A job that came back from a worker.
@@ -147,6 +169,7 @@ impl Dispatcher {
         let mut running = tokio::task::JoinSet::new();
         loop {
             tokio::select! {
+                biased;
                 message = messages.recv() => match message {
                     Some(message) => self.take(message),
                     None => return,
@@ -162,6 +185,8 @@ impl Dispatcher {
                     Finished { worker, pending, result }
                 });
             }
+            let loads = self.lanes.iter().map(|lane| (lane.worker.slot(), lane.load)).collect();
+            *self.loads.lock().unwrap_or_else(PoisonError::into_inner) = loads;
         }
     }
 
@@ -173,7 +198,7 @@ impl Dispatcher {
             Message::Ready(worker) => {
                 self.closed = false;
                 self.lanes.retain(|lane| lane.worker.slot() != worker.slot());
-                self.lanes.push(Lane { worker, jobs: 0, tokens: 0 });
+                self.lanes.push(Lane { worker, load: Load::default() });
             }
             Message::Lost(slot) => self.lanes.retain(|lane| lane.worker.slot() != slot),
             Message::NoMoreWorkers => self.closed = true,
@@ -190,11 +215,11 @@ impl Dispatcher {
         // A window that was given up drops its futures; their jobs need no proof any more.
         self.waiting.retain(|pending| !pending.answer.is_closed());
         let avoid = self.waiting.front()?.avoid.filter(|_| self.lanes.len() > 1);
-        let free = self.lanes.iter_mut().filter(|lane| lane.jobs < IN_FLIGHT_PER_WORKER);
-        let lane = free.filter(|lane| Some(lane.worker.slot()) != avoid).min_by_key(|lane| lane.tokens)?;
+        let free = self.lanes.iter_mut().filter(|lane| lane.load.jobs < IN_FLIGHT_PER_WORKER);
+        let lane = free.filter(|lane| Some(lane.worker.slot()) != avoid).min_by_key(|lane| lane.load.tokens)?;
         let pending = self.waiting.pop_front()?;
-        lane.jobs += 1;
-        lane.tokens += pending.job.tokens();
+        lane.load.jobs += 1;
+        lane.load.tokens += pending.job.tokens();
         Some((lane.worker.clone(), pending))
     }
 
@@ -202,13 +227,14 @@ impl Dispatcher {
         let Finished { worker, mut pending, result } = finished;
         // Another incarnation of the slot may have taken the lane since.
         if let Some(lane) = self.lanes.iter_mut().find(|lane| Arc::ptr_eq(&lane.worker, &worker)) {
-            lane.jobs -= 1;
-            lane.tokens -= pending.job.tokens();
+            lane.load.jobs -= 1;
+            lane.load.tokens -= pending.job.tokens();
+            lane.load.proved += u64::from(result.is_ok());
         }
         match result {
-            Err(ProofError::WorkerLost { slot, cause }) => {
+            Err(ProofError::WorkerLost { slot, cause, blameless }) => {
                 self.lanes.retain(|lane| !Arc::ptr_eq(&lane.worker, &worker));
-                pending.deaths += 1;
+                pending.deaths += u32::from(!blameless);
                 tracing::warn!(%slot, group = %pending.job.group, deaths = pending.deaths, cause, "A group lost its worker.");
                 if pending.deaths >= MAX_DEATHS_OF_A_GROUP {
                     let deaths = pending.deaths;
@@ -270,7 +296,7 @@ mod tests {
             async move {
                 tokio::task::yield_now().await;
                 if dies {
-                    return Err(ProofError::WorkerLost { slot, cause: "killed".into() });
+                    return Err(ProofError::WorkerLost { slot, cause: "killed".into(), blameless: false });
                 }
                 let (group, weights) = (job.group, job.weights);
                 let (prompt_sketches, members, compute) = (Vec::new(), Vec::new(), Duration::ZERO);

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use grail_protocol::ids::{Hotkey, WindowStart};
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
+use tokio::time::Instant;
 
 /// Waits between the tries of an upload.
 const BACK_OFF: [Duration; 3] = [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
@@ -46,15 +47,14 @@ impl WindowStore {
         Self { store }
     }
 
-    /// Puts `content` under `key`, tries again while there is time, and believes only what a HEAD says afterwards.
+    /// Puts `content` under `key`, tries again while there is time, and believes only what a HEAD says afterwards. `deadline` is
+    /// the same moment by the wall clock and by the monotonic one.
     ///
     /// # Errors
     /// If the object is not there, not whole or not in time.
-    pub async fn put_confirmed(&self, key: &Key, content: Bytes, deadline: SystemTime) -> Result<(), UploadError> {
+    pub async fn put_confirmed(&self, key: &Key, content: Bytes, (deadline, limit): (SystemTime, Instant)) -> Result<(), UploadError> {
         let sent = content.len() as u64;
         // A put that ends late would replace an object that was in time, so nothing runs on behind the deadline.
-        let left = deadline.duration_since(SystemTime::now()).unwrap_or_default();
-        let limit = tokio::time::Instant::now() + left;
         let put = || async {
             let payload = PutPayload::from_bytes(content.clone());
             self.store.put(key, payload).await.map(drop).map_err(|source| UploadError::Put { key: key.clone(), source })
@@ -67,7 +67,7 @@ impl WindowStore {
             with_retries(look).await
         };
         let passed = || UploadError::DeadlinePassed { key: key.clone() };
-        if left.is_zero() {
+        if limit <= Instant::now() {
             return Err(passed());
         }
         let found = tokio::time::timeout_at(limit, stored).await.map_err(|_| passed())??;
@@ -114,7 +114,8 @@ mod tests {
     #[tokio::test]
     async fn a_put_is_confirmed_and_read_back() {
         let store = WindowStore::new(Arc::new(InMemory::new()));
-        let deadline = SystemTime::now() + Duration::from_secs(60);
+        let minute = Duration::from_secs(60);
+        let deadline = (SystemTime::now() + minute, Instant::now() + minute);
         store.put_confirmed(&key(), Bytes::from_static(b"rows"), deadline).await.unwrap();
         assert_eq!(store.get(&key()).await.unwrap(), Bytes::from_static(b"rows"));
         assert_eq!(key().to_string(), "grail/windows/5F-window-3000.parquet");
@@ -123,7 +124,7 @@ mod tests {
     #[tokio::test]
     async fn nothing_is_put_after_the_deadline() {
         let store = WindowStore::new(Arc::new(InMemory::new()));
-        let deadline = SystemTime::now() - Duration::from_secs(1);
+        let deadline = (SystemTime::now() - Duration::from_secs(1), Instant::now());
         let error = store.put_confirmed(&key(), Bytes::from_static(b"rows"), deadline).await.unwrap_err();
         assert!(matches!(error, UploadError::DeadlinePassed { .. }));
         assert!(store.get(&key()).await.is_err());

@@ -1,6 +1,7 @@
 //! Command line of the launcher.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use grail_ipc::messages::{Backend, ServerSpec};
@@ -41,6 +42,31 @@ pub struct ServeArgs {
     /// Descriptor from which the token of this slot is read
     #[arg(long, value_name = "FD")]
     pub token_fd: Option<i32>,
+    /// Milliseconds between two looks whether the server still answers
+    #[arg(long, value_name = "MS", default_value_t = 5_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub look_interval_ms: u64,
+    /// Milliseconds without an answer after which the server is ended
+    #[arg(long, value_name = "MS", default_value_t = 30_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub silence_limit_ms: u64,
+}
+
+impl ServeArgs {
+    /// How the server is watched.
+    #[must_use]
+    pub const fn look(&self) -> Look {
+        Look {
+            every: Duration::from_millis(self.look_interval_ms),
+            silence: Duration::from_millis(self.silence_limit_ms),
+        }
+    }
+}
+
+/// How a server that is ready is watched beside its process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Look {
+    pub every: Duration,
+    /// A server that answers nothing for so long is of no use.
+    pub silence: Duration,
 }
 
 /// Arguments of `run`.

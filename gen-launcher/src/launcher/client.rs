@@ -85,6 +85,14 @@ impl ServerClient {
         self.call("health_generate", Method::GET, "/health_generate", QUICK, None::<&()>).await.map(drop)
     }
 
+    /// Whether anybody answers: a question that needs no generating, so that a long prefill does not count as a hang.
+    ///
+    /// # Errors
+    /// [`CallError`]
+    pub async fn is_there(&self) -> Result<(), CallError> {
+        self.json::<ModelInfo>("model_info", "/model_info").await.map(drop)
+    }
+
     /// That the server on the port is the one that was started, by its unguessable name.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use grail_process::{Child, Exit, ExitCause, Signal, StopPlan, StopTarget, Unkill
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::args::Look;
 use super::client::{CallError, ServerClient};
 use super::command::{self, CommandError, PhaseSink, ServerCommand};
 use super::marks;
@@ -251,6 +252,32 @@ impl Server {
     /// Waits for its end; safe to cancel.
     pub async fn wait(&self) -> Exit {
         self.child.wait().await
+    }
+
+    /// Waits until the server has answered nothing for `look.silence`, not even what needs no generating. Safe to cancel.
+    pub async fn silence(&self, look: Look) {
+        let mut heard = Instant::now();
+        loop {
+            tokio::time::sleep(look.every).await;
+            match tokio::time::timeout_at(heard + look.silence, self.client.is_there()).await {
+                Ok(Ok(())) => heard = Instant::now(),
+                Ok(Err(error)) => {
+                    tracing::debug!(error = with_causes(&error), "The server did not answer.");
+                    if heard.elapsed() >= look.silence {
+                        return;
+                    }
+                }
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Ends it at once.
+    ///
+    /// # Errors
+    /// [`StopError`]
+    pub async fn kill(self) -> Result<Exit, StopError> {
+        self.end(&StopPlan::kill()).await
     }
 
     /// The last lines of its log.

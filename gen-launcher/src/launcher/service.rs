@@ -14,11 +14,12 @@ use grail_ipc::messages::{
 };
 use grail_ipc::socket::{Folder, Listener, SocketError};
 use grail_ipc::{Connection, ConnectionError, Token};
+use grail_process::{Exit, ExitCause};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::args::ServeArgs;
+use super::args::{Look, ServeArgs};
 use super::command::PhaseSink;
 use super::server::{Context, Server, StopError, describe, with_causes};
 
@@ -64,7 +65,7 @@ pub async fn serve(args: &ServeArgs) -> Result<(), ServeError> {
         () = signals.next() => return Ok(()),
     };
     drop(listener);
-    converse(connection, Epoch(args.epoch), &mut signals).await
+    converse(connection, (Epoch(args.epoch), args.look()), &mut signals).await
 }
 
 /// Descriptors are opened anew by their number, so that this needs no unsafe code.
@@ -125,15 +126,22 @@ async fn greet_one(
 /// Shovels messages until the conversation is over, then has the actor stop the server.
 async fn converse(
     connection: Connection<FromLauncher, ToLauncher>,
-    epoch: Epoch,
+    (epoch, look): (Epoch, Look),
     signals: &mut Signals,
 ) -> Result<(), ServeError> {
     let Connection { mut reader, mut writer } = connection;
     let (outbox, mut outgoing) = mpsc::unbounded_channel();
     let (commands, queue) = mpsc::unbounded_channel();
     let server_pid = Arc::new(AtomicI32::new(0));
-    let actor =
-        Actor { outbox: outbox.clone(), queue, epoch, server: None, incarnations: 0, pid: Arc::clone(&server_pid) };
+    let actor = Actor {
+        outbox: outbox.clone(),
+        queue,
+        epoch,
+        look,
+        server: None,
+        incarnations: 0,
+        pid: Arc::clone(&server_pid),
+    };
     let actor = tokio::spawn(actor.run());
     let mut interrupt = CancellationToken::new();
     let ended = loop {
@@ -202,11 +210,20 @@ enum Order {
     Stop { id: RequestId },
 }
 
+/// How a server is lost.
+#[derive(Debug)]
+enum End {
+    Exit(Exit),
+    /// Its process lives and answers nothing.
+    Silence,
+}
+
 /// Owns the server. One order at a time; a token that is cancelled ends the order that carries it.
 struct Actor {
     outbox: Outbox,
     queue: mpsc::UnboundedReceiver<(Order, CancellationToken)>,
     epoch: Epoch,
+    look: Look,
     server: Option<Server>,
     incarnations: u64,
     pid: Arc<AtomicI32>,
@@ -217,7 +234,11 @@ impl Actor {
         loop {
             let died = async {
                 match &self.server {
-                    Some(server) => server.wait().await,
+                    Some(server) => tokio::select! {
+                        biased;
+                        exit = server.wait() => End::Exit(exit),
+                        () = server.silence(self.look) => End::Silence,
+                    },
                     None => std::future::pending().await,
                 }
             };
@@ -226,17 +247,7 @@ impl Actor {
                     None => break,
                     Some((order, interrupt)) => self.obey(order, &interrupt).await,
                 },
-                exit = died => {
-                    let last_lines = self.server.take().map(|server| server.last_lines()).unwrap_or_default();
-                    let cause = describe(exit.cause);
-                    tracing::error!(cause, killed = exit.killed, "The server died.");
-                    self.say(FromLauncher::Died {
-                        cause,
-                        exit: exit.cause.code(),
-                        signal: exit.cause.signal().map(|signal| signal as i32),
-                        last_lines,
-                    });
-                }
+                end = died => self.lost(end).await,
             }
             self.publish_pid();
         }
@@ -244,6 +255,32 @@ impl Actor {
             Some(server) => server.stop().await.map(drop),
             None => Ok(()),
         }
+    }
+
+    /// Tells of a server that ended, or ends one that answers nothing.
+    async fn lost(&mut self, end: End) {
+        let Some(server) = self.server.take() else { return };
+        let last_lines = server.last_lines();
+        let (cause, exit) = match end {
+            End::Exit(exit) => (describe(exit.cause), Some(exit)),
+            End::Silence => {
+                let cause = format!("no answer within {:?}", self.look.silence);
+                tracing::error!(cause, "The server hangs; ending it.");
+                let ended = server.kill().await;
+                if let Err(error) = &ended {
+                    tracing::error!(error = with_causes(error), "The server that hangs cannot be ended.");
+                }
+                (cause, ended.ok())
+            }
+        };
+        tracing::error!(cause, killed = exit.as_ref().map(|exit| exit.killed), "The server is lost.");
+        let exit = exit.map(|exit| exit.cause);
+        self.say(FromLauncher::Died {
+            cause,
+            exit: exit.and_then(ExitCause::code),
+            signal: exit.and_then(ExitCause::signal).map(|signal| signal as i32),
+            last_lines,
+        });
     }
 
     async fn obey(&mut self, order: Order, interrupt: &CancellationToken) {

@@ -82,6 +82,8 @@ pub enum DeathCause {
     OutOfMemory,
     /// Its device context is of no use any more.
     DevicePoisoned,
+    /// It said itself that it cannot go on.
+    Broken { detail: String },
 }
 
 /// Whether a child comes back.
@@ -116,6 +118,15 @@ impl DeathCause {
         }
     }
 
+    /// What the process said with its exit code, if that is one of ours.
+    #[must_use]
+    pub fn exit_code(&self) -> Option<ExitCode> {
+        match self {
+            Self::Exit(ExitCause::Code(code)) => ExitCode::from_number(*code),
+            _ => None,
+        }
+    }
+
     /// Short fixed name, for counters and events.
     #[must_use]
     pub fn name(&self) -> &'static str {
@@ -133,6 +144,7 @@ impl DeathCause {
             Self::ConnectionLost { .. } => "connection_lost",
             Self::OutOfMemory => "out_of_memory",
             Self::DevicePoisoned => "device_poisoned",
+            Self::Broken { .. } => "broken",
         }
     }
 }
@@ -151,6 +163,7 @@ impl fmt::Display for DeathCause {
             Self::ConnectionLost { detail } => write!(f, "connection lost: {detail}"),
             Self::OutOfMemory => f.write_str("ran out of memory"),
             Self::DevicePoisoned => f.write_str("device context is poisoned"),
+            Self::Broken { detail } => write!(f, "cannot go on: {detail}"),
         }
     }
 }

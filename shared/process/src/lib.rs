@@ -26,4 +26,6 @@ pub use logs::{LogLine, LogPolicy, Stream};
 pub use nix::sys::resource::Resource;
 pub use nix::sys::signal::Signal;
 pub use spec::{ChildSpec, Grouping, Limit, Marker, Output, SpawnError, Stdin};
-pub use supervised::{ChildEvent, ChildPolicy, Incarnation, NotReady, Role, Supervised, supervise};
+pub use supervised::{
+    ChildControl, ChildEvent, ChildPolicy, Events, Incarnation, NotReady, Process, Role, StartError, Supervised, supervise,
+};

@@ -79,10 +79,13 @@ impl BackoffPolicy {
 pub struct RestartPolicy {
     pub intensities: Vec<Intensity>,
     pub backoff: BackoffPolicy,
+    /// After this a child that died too often gets another chance; never without an operator if unset.
+    pub quarantine: Option<Duration>,
 }
 
 impl Default for RestartPolicy {
-    /// Five deaths a minute or twenty an hour end it; delays from 200 ms to 30 s, forgiven after a minute of work.
+    /// Five deaths a minute or twenty an hour put it into quarantine, for ten minutes; delays from 200 ms to 30 s, forgiven
+    /// after a minute of work.
     fn default() -> Self {
         Self {
             intensities: vec![
@@ -95,6 +98,7 @@ impl Default for RestartPolicy {
                 jitter: 0.5,
                 forgiven_after: Duration::from_secs(60),
             },
+            quarantine: Some(Duration::from_secs(600)),
         }
     }
 }

@@ -6,6 +6,8 @@
 //!            │  └──────┴──────────────────► Backoff, GaveUp, Dead │    (it died by itself)
 //!            └────────────────────────────────────────────────────┘
 //! ```
+//!
+//! `GaveUp` is the quarantine: an operator releases the child, or a timer does where another try may go better.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -28,7 +30,7 @@ pub enum State {
     Dead,
     /// There is no process; the next is started when the delay is over.
     Backoff { delay: Duration },
-    /// There is no process, and none is started before somebody releases the child.
+    /// There is no process: the child is in quarantine until somebody, or its timer, releases it.
     GaveUp(GiveUp),
 }
 
@@ -63,6 +65,16 @@ pub enum GiveUp {
     Hopeless { cause: DeathCause },
     /// It ran out of memory with the smaller budget, too.
     OutOfMemoryAgain,
+    /// An operator said so.
+    Quarantined,
+}
+
+impl GiveUp {
+    /// Whether a later start may go better, so that a timer may release the child.
+    #[must_use]
+    pub fn passes_with_time(&self) -> bool {
+        matches!(self, Self::TooOften { .. } | Self::OutOfMemoryAgain)
+    }
 }
 
 impl fmt::Display for GiveUp {
@@ -73,6 +85,7 @@ impl fmt::Display for GiveUp {
             }
             Self::Hopeless { cause } => write!(f, "{cause}; another start would end the same way"),
             Self::OutOfMemoryAgain => f.write_str("ran out of memory again with the smaller budget"),
+            Self::Quarantined => f.write_str("an operator put it into quarantine"),
         }
     }
 }
@@ -88,7 +101,7 @@ pub enum Event {
     Gone(DeathCause),
     /// Its watcher found a fault while the process lives.
     Fault(DeathCause),
-    /// The delay of [`State::Backoff`] is over.
+    /// The delay of [`Command::Wait`] is over.
     DelayOver,
     /// It shall finish what it has, and then end for good.
     Drain,
@@ -98,6 +111,8 @@ pub enum Event {
     Stop,
     /// It shall end and be started again; this counts as no death.
     Restart,
+    /// It shall end and stay away until it is wanted again.
+    Quarantine,
 }
 
 /// What to do next.
@@ -109,6 +124,8 @@ pub enum Command {
     Drain,
     /// End the process: politely, then not.
     Stop,
+    /// End the process, which is broken: it need not be asked.
+    Kill,
     /// Come back with [`Event::DelayOver`].
     Wait { delay: Duration },
 }
@@ -137,6 +154,8 @@ enum Ending {
     ForGood,
     /// The next one at once.
     ThenAgain,
+    /// Nothing until it is released.
+    Quarantine,
     /// What the fault says for which it was stopped.
     Fault(DeathCause),
 }
@@ -179,7 +198,7 @@ impl Machine {
     #[must_use]
     pub fn cause_of_death(&self, by_exit: DeathCause) -> DeathCause {
         match &self.ending {
-            Ending::ForGood | Ending::ThenAgain => DeathCause::Requested,
+            Ending::ForGood | Ending::ThenAgain | Ending::Quarantine => DeathCause::Requested,
             Ending::Fault(cause) => cause.clone(),
             Ending::ByItself if self.state == State::Draining => DeathCause::Requested,
             Ending::ByItself => by_exit,
@@ -197,6 +216,10 @@ impl Machine {
                 Some(self.spawn())
             }
             (Event::DelayOver, State::Backoff { .. }) => Some(self.spawn()),
+            // The timer of the quarantine: it starts as a new child does.
+            (Event::DelayOver, State::GaveUp(reason)) if reason.passes_with_time() => {
+                self.on(Event::Wanted, now, chance)
+            }
             (Event::Ready, State::Starting) => {
                 self.ready_since = Some(now);
                 self.state = State::Ready;
@@ -217,11 +240,30 @@ impl Machine {
                 self.state = State::Dead;
                 None
             }
+            (Event::Quarantine, State::Starting | State::Ready | State::Draining) => {
+                Some(self.stop(Ending::Quarantine))
+            }
+            (Event::Quarantine, State::Stopping) => {
+                if self.ending != Ending::ForGood {
+                    self.ending = Ending::Quarantine;
+                }
+                None
+            }
+            (Event::Quarantine, State::Backoff { .. } | State::Dead | State::GaveUp(_)) => {
+                self.state = State::GaveUp(GiveUp::Quarantined);
+                None
+            }
             (Event::Restart, State::Starting | State::Ready) => Some(self.stop(Ending::ThenAgain)),
             (Event::Restart, State::Backoff { .. }) => Some(self.spawn()),
-            (Event::Fault(cause), State::Starting | State::Ready) => Some(self.stop(Ending::Fault(cause))),
+            (Event::Fault(cause), State::Starting | State::Ready) => {
+                self.stop(Ending::Fault(cause));
+                Some(Command::Kill)
+            }
             // It was to end anyway.
-            (Event::Fault(_), State::Draining) => Some(self.stop(Ending::ForGood)),
+            (Event::Fault(_), State::Draining) => {
+                self.stop(Ending::ForGood);
+                Some(Command::Kill)
+            }
             (Event::Gone(cause), State::Starting | State::Ready | State::Draining | State::Stopping) => {
                 self.gone(cause, now, chance)
             }
@@ -252,6 +294,7 @@ impl Machine {
                 return None;
             }
             Ending::ThenAgain => return Some(self.spawn()),
+            Ending::Quarantine => return self.give_up(GiveUp::Quarantined),
             Ending::ByItself if was_draining => {
                 self.state = State::Dead;
                 return None;
@@ -278,8 +321,9 @@ impl Machine {
     }
 
     fn give_up(&mut self, reason: GiveUp) -> Option<Command> {
+        let release = self.policy.quarantine.filter(|_| reason.passes_with_time());
         self.state = State::GaveUp(reason);
-        None
+        release.map(|delay| Command::Wait { delay })
     }
 }
 
@@ -346,9 +390,44 @@ mod tests {
         assert_eq!(run(&mut machine, now, [Event::Gone(killed())]), None);
         let State::GaveUp(reason @ GiveUp::TooOften { .. }) = machine.state() else { panic!("{:?}", machine.state()) };
         assert_eq!(reason.to_string(), "died more than 5 times in 60s, last: killed by SIGSEGV");
-        assert_eq!(run(&mut machine, now, [Event::DelayOver]), None);
+        assert_eq!(run(&mut machine, now, [Event::Restart]), None);
         assert_eq!(run(&mut machine, now, [Event::Wanted]), Some(Command::Spawn { incarnation: 7, reduced: false }));
         assert!(matches!(run(&mut machine, now, [Event::Gone(killed())]), Some(Command::Wait { .. })));
+    }
+
+    #[test]
+    fn a_timer_releases_what_time_may_heal_and_nothing_else() {
+        let quarantine = Some(Duration::from_secs(600));
+        let policy = RestartPolicy { intensities: vec![], quarantine, ..RestartPolicy::default() };
+        let now = Instant::now();
+        let flapping = RestartPolicy {
+            intensities: vec![Intensity { most: 0, period: Duration::from_secs(1) }],
+            ..policy.clone()
+        };
+        let mut machine = Machine::new(flapping, 0);
+        let wait = Command::Wait { delay: Duration::from_secs(600) };
+        assert_eq!(run(&mut machine, now, [Event::Wanted, Event::Gone(killed())]), Some(wait));
+        assert!(matches!(machine.state(), State::GaveUp(GiveUp::TooOften { .. })));
+        let again = Command::Spawn { incarnation: 2, reduced: false };
+        assert_eq!(run(&mut machine, now, [Event::DelayOver]), Some(again));
+
+        let mut machine = Machine::new(policy, 0);
+        assert_eq!(run(&mut machine, now, [Event::Wanted, Event::Gone(usage())]), None);
+        assert_eq!(run(&mut machine, now, [Event::DelayOver]), None);
+        assert!(matches!(machine.state(), State::GaveUp(GiveUp::Hopeless { .. })));
+    }
+
+    #[test]
+    fn an_operator_puts_a_child_away_and_brings_it_back() {
+        let (mut machine, now) = (machine(), Instant::now());
+        run(&mut machine, now, [Event::Wanted]);
+        assert_eq!(run(&mut machine, now, [Event::Ready, Event::Quarantine]), Some(Command::Stop));
+        assert_eq!(machine.cause_of_death(killed()), DeathCause::Requested);
+        assert_eq!(run(&mut machine, now, [Event::Gone(killed())]), None);
+        assert_eq!(machine.state(), &State::GaveUp(GiveUp::Quarantined));
+        assert_eq!(run(&mut machine, now, [Event::DelayOver]), None);
+        let again = Command::Spawn { incarnation: 2, reduced: false };
+        assert_eq!(run(&mut machine, now, [Event::Wanted]), Some(again));
     }
 
     #[test]
@@ -379,7 +458,7 @@ mod tests {
     fn a_fault_decides_over_the_signal_that_ended_it() {
         let (mut machine, now) = (machine(), Instant::now());
         run(&mut machine, now, [Event::Wanted, Event::Ready]);
-        assert_eq!(run(&mut machine, now, [Event::Fault(DeathCause::HeartbeatLost)]), Some(Command::Stop));
+        assert_eq!(run(&mut machine, now, [Event::Fault(DeathCause::HeartbeatLost)]), Some(Command::Kill));
         assert!(matches!(run(&mut machine, now, [Event::Gone(usage())]), Some(Command::Wait { .. })), "not hopeless");
     }
 
@@ -412,6 +491,7 @@ mod tests {
             1 => Just(Event::Drained),
             1 => Just(Event::Stop),
             1 => Just(Event::Restart),
+            1 => Just(Event::Quarantine),
         ]
     }
 
@@ -435,7 +515,8 @@ mod tests {
                 }
                 match event {
                     Event::Wanted if matches!(before, State::Dead | State::GaveUp(_)) => wanted = true,
-                    Event::Stop | Event::Drain => wanted = false,
+                    Event::Stop | Event::Drain | Event::Quarantine => wanted = false,
+                    Event::DelayOver if matches!(&before, State::GaveUp(reason) if reason.passes_with_time()) => wanted = true,
                     Event::Gone(_) => process_exists = false,
                     _ => {}
                 }
@@ -447,20 +528,29 @@ mod tests {
                         last_incarnation = incarnation;
                         process_exists = true;
                     }
-                    Some(Command::Stop | Command::Drain) => prop_assert!(process_exists),
+                    Some(Command::Stop | Command::Kill | Command::Drain) => prop_assert!(process_exists),
                     Some(Command::Wait { delay }) => {
                         prop_assert!(!process_exists && wanted);
-                        prop_assert_eq!(machine.state(), &State::Backoff { delay });
+                        let waits = match machine.state() {
+                            State::Backoff { delay: backoff } => *backoff == delay,
+                            State::GaveUp(reason) => reason.passes_with_time(),
+                            _ => false,
+                        };
+                        prop_assert!(waits, "{:?} with a delay", machine.state());
                     }
                     None => {}
                 }
                 prop_assert_eq!(machine.state().is_alive(), process_exists);
                 if !wanted {
-                    let ends = matches!(machine.state(), State::Dead | State::Draining | State::Stopping);
+                    let put_away = State::GaveUp(GiveUp::Quarantined);
+                    let ends = matches!(machine.state(), State::Dead | State::Draining | State::Stopping)
+                        || *machine.state() == put_away;
                     prop_assert!(ends, "{:?} although it is not wanted", machine.state());
                 }
-                if let State::GaveUp(_) = before {
-                    let stays = matches!(event, Event::Wanted | Event::Stop | Event::Drain) || machine.state() == &before;
+                if let State::GaveUp(reason) = &before {
+                    let wakes = matches!(event, Event::Wanted | Event::Stop | Event::Drain | Event::Quarantine)
+                        || event == Event::DelayOver && reason.passes_with_time();
+                    let stays = wakes || machine.state() == &before;
                     prop_assert!(stays, "{event:?} woke what was given up");
                 }
             }

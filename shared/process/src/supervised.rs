@@ -12,9 +12,8 @@ use tokio::time::Instant;
 use tracing::{Instrument, error, info, info_span, warn};
 
 use crate::cause::DeathCause;
-use crate::child::{self, Child, Exit, StopPlan};
+use crate::child::{Child, Exit, StopPlan, Unkillable};
 use crate::restart::RestartPolicy;
-use crate::spec::ChildSpec;
 use crate::state::{Command, Event, GiveUp, Machine, State};
 
 /// Which start of a child this is.
@@ -30,23 +29,67 @@ pub struct Incarnation {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotReady(pub DeathCause);
 
-/// What to run for a child, and when it is ready.
+/// A start that came to nothing.
+pub type StartError = Box<dyn Error + Send + Sync>;
+
+/// What keeping a process alive needs of it; [`Child`] is the real one, tests have others.
+pub trait Process: fmt::Debug + Send + Sync + 'static {
+    /// Its number.
+    fn pid(&self) -> i32;
+
+    /// Waits until it has ended with all that belongs to it. Safe to cancel.
+    fn wait(&self) -> impl Future<Output = Exit> + Send;
+
+    /// Ends it by `plan` and waits for that.
+    ///
+    /// # Errors
+    /// [`Unkillable`].
+    fn stop(&self, plan: &StopPlan) -> impl Future<Output = Result<Exit, Unkillable>> + Send;
+
+    /// The last lines of its log, oldest first.
+    fn last_lines(&self) -> Vec<String>;
+}
+
+impl Process for Child {
+    fn pid(&self) -> i32 {
+        Self::pid(self)
+    }
+
+    fn wait(&self) -> impl Future<Output = Exit> + Send {
+        Self::wait(self)
+    }
+
+    fn stop(&self, plan: &StopPlan) -> impl Future<Output = Result<Exit, Unkillable>> + Send {
+        Self::stop(self, plan)
+    }
+
+    fn last_lines(&self) -> Vec<String> {
+        Self::last_lines(self)
+    }
+}
+
+/// How a child is started, when it is ready, and how it shows that it still works.
 pub trait Role: Send + 'static {
+    type Process: Process;
+
     /// What is had of a child that is ready, for instance a connection.
     type Link: Send + 'static;
 
-    /// What to run.
+    /// Starts a process.
     ///
     /// # Errors
     /// Counts as a death of an incarnation that never ran.
-    fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, Box<dyn Error + Send + Sync>>;
+    fn start(&mut self, incarnation: Incarnation) -> impl Future<Output = Result<Self::Process, StartError>> + Send;
 
     /// Waits until the child is ready. It is dropped when the child dies or its start takes too long.
     fn ready(
         &mut self,
-        child: Arc<Child>,
+        process: Arc<Self::Process>,
         incarnation: Incarnation,
     ) -> impl Future<Output = Result<Self::Link, NotReady>> + Send + 'static;
+
+    /// Watches a child that is ready, for instance by signs of life; it ends with what is wrong. Dropped when the child dies.
+    fn watch(&mut self, link: &Self::Link) -> impl Future<Output = DeathCause> + Send + 'static;
 }
 
 /// How a child is kept alive.
@@ -57,18 +100,23 @@ pub struct ChildPolicy {
     /// How long a start may take.
     pub start_limit: Duration,
     pub restart: RestartPolicy,
+    /// How a sound child is ended.
     pub stop: StopPlan,
+    /// How a child with a fault is ended.
+    pub kill: StopPlan,
     /// Incarnations that were used before.
     pub last_incarnation: u64,
+    /// Makes the jitter of delays repeatable.
+    pub jitter_seed: Option<u64>,
 }
 
 /// What happened to a child.
 #[derive(Debug)]
-pub enum ChildEvent<L> {
+pub enum ChildEvent<L, P = Child> {
     /// Its process runs.
     Started { incarnation: Incarnation, pid: i32 },
     /// It works.
-    Ready { incarnation: Incarnation, child: Arc<Child>, link: L },
+    Ready { incarnation: Incarnation, child: Arc<P>, link: L },
     /// It shall finish what it has; answer with [`Supervised::drained`].
     Draining { incarnation: u64 },
     /// It is gone, with all that belongs to it.
@@ -113,6 +161,36 @@ impl Supervised {
         self.state.clone()
     }
 
+    /// What others may tell the child; it does not keep the child alive.
+    #[must_use]
+    pub fn control(&self) -> ChildControl {
+        ChildControl { requests: self.requests.downgrade(), state: self.state.clone() }
+    }
+
+    /// Ends the child and waits until nothing is left of it.
+    pub async fn shut_down(self) {
+        self.control().stop();
+        drop(self.requests);
+        if let Err(error) = self.task.await {
+            error!(%error, "The task of a child failed.");
+        }
+    }
+}
+
+/// Tells a child that is kept alive what to do. Without effect once its [`Supervised`] is gone.
+#[derive(Debug, Clone)]
+pub struct ChildControl {
+    requests: mpsc::WeakUnboundedSender<Request>,
+    state: watch::Receiver<State>,
+}
+
+impl ChildControl {
+    /// Where the child is now.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
     /// Tells that incarnation `incarnation` has a fault: it is ended, and what follows depends on `cause`. Without meaning if
     /// another one lives by now.
     pub fn fault(&self, incarnation: u64, cause: DeathCause) {
@@ -139,53 +217,64 @@ impl Supervised {
         self.tell(Request::Event(Event::Restart));
     }
 
-    /// Starts a child that ended or was given up.
+    /// Ends the child until it is released.
+    pub fn quarantine(&self) {
+        self.tell(Request::Event(Event::Quarantine));
+    }
+
+    /// Starts a child that ended, was given up or is in quarantine.
     pub fn release(&self) {
         self.tell(Request::Event(Event::Wanted));
     }
 
-    /// Ends the child and waits until nothing is left of it.
-    pub async fn shut_down(self) {
-        self.stop();
-        drop(self.requests);
-        if let Err(error) = self.task.await {
-            error!(%error, "The task of a child failed.");
+    fn tell(&self, request: Request) {
+        if let Some(requests) = self.requests.upgrade() {
+            // The task ends only with the handle.
+            requests.send(request).unwrap_or_default();
         }
     }
-
-    fn tell(&self, request: Request) {
-        // The task ends only with this handle.
-        self.requests.send(request).unwrap_or_default();
-    }
 }
+
+/// Events of a child of role `R`.
+pub type Events<R> = mpsc::UnboundedReceiver<ChildEvent<<R as Role>::Link, <R as Role>::Process>>;
 
 /// Starts a child and keeps it alive; events come in order.
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub fn supervise<R: Role>(role: R, policy: ChildPolicy) -> (Supervised, mpsc::UnboundedReceiver<ChildEvent<R::Link>>) {
+pub fn supervise<R: Role>(role: R, policy: ChildPolicy) -> (Supervised, Events<R>) {
     let (events, inbox) = mpsc::unbounded_channel();
     let (requests, asked) = mpsc::unbounded_channel();
     let machine = Machine::new(policy.restart.clone(), policy.last_incarnation);
     let (publish, state) = watch::channel(machine.state().clone());
     let span = info_span!("child", name = %policy.name);
-    let keeper = Keeper { role, policy, machine, events, publish, life: Life::None, chance: Chance::new() };
+    let chance = Chance::new(policy.jitter_seed);
+    let keeper = Keeper { role, policy, machine, events, publish, life: Life::None, chance };
     let task = tokio::spawn(keeper.run(asked).instrument(span));
     (Supervised { requests, state, task }, inbox)
 }
 
 /// What the keeper waits for.
-enum Life<L> {
+enum Life<L, P> {
     None,
-    Starting { child: Arc<Child>, ready: JoinHandle<Result<L, NotReady>>, deadline: Instant },
-    Running { child: Arc<Child> },
+    Starting { child: Arc<P>, ready: JoinHandle<Result<L, NotReady>>, deadline: Instant },
+    Running { child: Arc<P>, watch: Option<Watch> },
     Delay { until: Instant },
 }
 
-impl<L> Life<L> {
-    fn child(&self) -> Option<&Arc<Child>> {
+/// Ends with what is wrong with a child that runs.
+struct Watch(JoinHandle<DeathCause>);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl<L, P> Life<L, P> {
+    fn child(&self) -> Option<&Arc<P>> {
         match self {
-            Self::Starting { child, .. } | Self::Running { child } => Some(child),
+            Self::Starting { child, .. } | Self::Running { child, .. } => Some(child),
             Self::None | Self::Delay { .. } => None,
         }
     }
@@ -195,9 +284,9 @@ struct Keeper<R: Role> {
     role: R,
     policy: ChildPolicy,
     machine: Machine,
-    events: mpsc::UnboundedSender<ChildEvent<R::Link>>,
+    events: mpsc::UnboundedSender<ChildEvent<R::Link, R::Process>>,
     publish: watch::Sender<State>,
-    life: Life<R::Link>,
+    life: Life<R::Link, R::Process>,
     chance: Chance,
 }
 
@@ -206,6 +295,7 @@ enum Woken<L> {
     Request(Option<Request>),
     Exited(Exit),
     Ready(Result<L, NotReady>),
+    Faulty(DeathCause),
     DelayOver,
 }
 
@@ -231,6 +321,13 @@ impl<R: Role> Keeper<R> {
                     warn!(%cause, "Child is not ready.");
                     self.step(Event::Fault(cause)).await;
                 }
+                Woken::Faulty(cause) => {
+                    warn!(incarnation = self.machine.incarnation(), %cause, "Child does not work any more.");
+                    if let Life::Running { watch, .. } = &mut self.life {
+                        *watch = None;
+                    }
+                    self.step(Event::Fault(cause)).await;
+                }
                 Woken::Exited(exit) => self.died(exit).await,
                 Woken::DelayOver => self.step(Event::DelayOver).await,
             }
@@ -242,12 +339,19 @@ impl<R: Role> Keeper<R> {
         match &mut self.life {
             Life::None => Woken::Request(request.await),
             Life::Delay { until } => tokio::select! {
+                biased;
                 request = request => Woken::Request(request),
                 () = tokio::time::sleep_until(*until) => Woken::DelayOver,
             },
-            Life::Running { child } => tokio::select! {
-                request = request => Woken::Request(request),
+            Life::Running { child, watch } => tokio::select! {
+                // A death explains a connection that ended with it, so it is looked at first.
+                biased;
                 exit = child.wait() => Woken::Exited(exit),
+                request = request => Woken::Request(request),
+                cause = what_is_wrong(watch) => match prefer_exit(&**child, NotReady(cause)).await {
+                    Err(exit) => Woken::Exited(exit),
+                    Ok(NotReady(cause)) => Woken::Faulty(cause),
+                },
             },
             Life::Starting { child, ready, deadline } => tokio::select! {
                 // A death explains a handshake that failed with it, so it is looked at first.
@@ -255,7 +359,10 @@ impl<R: Role> Keeper<R> {
                 exit = child.wait() => Woken::Exited(exit),
                 request = request => Woken::Request(request),
                 answer = tokio::time::timeout_at(*deadline, &mut *ready) => Woken::Ready(match answer {
-                    Ok(Ok(Err(not_ready))) => Err(prefer_exit(child, not_ready).await),
+                    Ok(Ok(Err(not_ready))) => match prefer_exit(&**child, not_ready).await {
+                        Ok(not_ready) => Err(not_ready),
+                        Err(exit) => return Woken::Exited(exit),
+                    },
                     Ok(Ok(Ok(link))) => Ok(link),
                     Ok(Err(panicked)) => Err(NotReady(DeathCause::HandshakeFailed { detail: panicked.to_string() })),
                     Err(_) => {
@@ -270,12 +377,14 @@ impl<R: Role> Keeper<R> {
     async fn ready(&mut self, link: R::Link) {
         let Life::Starting { child, .. } = &self.life else { return };
         let child = Arc::clone(child);
-        self.life = Life::Running { child: Arc::clone(&child) };
         let incarnation = Incarnation { number: self.machine.incarnation(), reduced: self.machine.is_reduced() };
         if *self.machine.state() != State::Starting {
             // It was told to end meanwhile.
+            self.life = Life::Running { child, watch: None };
             return;
         }
+        let watch = Watch(tokio::spawn(self.role.watch(&link).in_current_span()));
+        self.life = Life::Running { child: Arc::clone(&child), watch: Some(watch) };
         info!(incarnation = incarnation.number, pid = child.pid(), "Child is ready.");
         self.step(Event::Ready).await;
         self.tell(ChildEvent::Ready { incarnation, child, link });
@@ -325,10 +434,13 @@ impl<R: Role> Keeper<R> {
                     next = self.spawn(Incarnation { number, reduced }).await;
                 }
                 Some(Command::Drain) => self.tell(ChildEvent::Draining { incarnation: self.machine.incarnation() }),
-                Some(Command::Stop) => self.stop(),
+                Some(Command::Stop) => self.stop(self.policy.stop.clone()),
+                Some(Command::Kill) => self.stop(self.policy.kill.clone()),
                 Some(Command::Wait { delay }) => {
                     self.life = Life::Delay { until: Instant::now() + delay };
-                    self.tell(ChildEvent::Backoff { delay });
+                    if matches!(state, State::Backoff { .. }) {
+                        self.tell(ChildEvent::Backoff { delay });
+                    }
                 }
                 None => {}
             }
@@ -337,11 +449,7 @@ impl<R: Role> Keeper<R> {
 
     /// Starts a process, or gives the event of a start that failed.
     async fn spawn(&mut self, incarnation: Incarnation) -> Option<Event> {
-        let started = match self.role.spec(incarnation) {
-            Ok(spec) => child::spawn(spec).await.map_err(|error| chain(&error)),
-            Err(error) => Err(chain(&*error)),
-        };
-        match started {
+        match self.role.start(incarnation).await.map_err(|error| chain(&*error)) {
             Ok(child) => {
                 let child = Arc::new(child);
                 info!(incarnation = incarnation.number, pid = child.pid(), "Child was started.");
@@ -363,14 +471,13 @@ impl<R: Role> Keeper<R> {
         }
     }
 
-    fn stop(&mut self) {
-        if let Life::Starting { child, ready, .. } = &self.life {
+    fn stop(&mut self, plan: StopPlan) {
+        if let Life::Starting { ready, .. } = &self.life {
             ready.abort();
-            let child = Arc::clone(child);
-            self.life = Life::Running { child };
         }
         let Some(child) = self.life.child().map(Arc::clone) else { return };
-        let plan = self.policy.stop.clone();
+        // What happens to it from here on is no fault of its own.
+        self.life = Life::Running { child: Arc::clone(&child), watch: None };
         let ending = async move {
             if let Err(error) = child.stop(&plan).await {
                 error!(%error, "Child cannot be ended.");
@@ -380,22 +487,32 @@ impl<R: Role> Keeper<R> {
         drop(tokio::spawn(ending.in_current_span()));
     }
 
-    fn tell(&self, event: ChildEvent<R::Link>) {
+    fn tell(&self, event: ChildEvent<R::Link, R::Process>) {
         // Whoever does not listen need not know.
         drop(self.events.send(event));
     }
 }
 
-/// A child that dies in its handshake is seen by the handshake first; its exit says more.
-async fn prefer_exit(child: &Child, not_ready: NotReady) -> NotReady {
+async fn what_is_wrong(watch: &mut Option<Watch>) -> DeathCause {
+    match watch {
+        Some(Watch(task)) => match task.await {
+            Ok(cause) => cause,
+            Err(error) => DeathCause::ConnectionLost { detail: format!("its watch failed: {error}") },
+        },
+        None => std::future::pending().await,
+    }
+}
+
+/// A child that dies is often seen by its connection first; its exit says more.
+async fn prefer_exit<P: Process>(child: &P, not_ready: NotReady) -> Result<NotReady, Exit> {
     /// A process that hung up is gone within this, unless it lives on.
     const MOMENT: Duration = Duration::from_millis(500);
-    if matches!(not_ready.0, DeathCause::VersionMismatch { .. }) {
-        return not_ready;
+    if !matches!(not_ready.0, DeathCause::HandshakeFailed { .. } | DeathCause::ConnectionLost { .. }) {
+        return Ok(not_ready);
     }
     match tokio::time::timeout(MOMENT, child.wait()).await {
-        Ok(exit) => NotReady(DeathCause::Exit(exit.cause)),
-        Err(_) => not_ready,
+        Ok(exit) => Err(exit),
+        Err(_) => Ok(not_ready),
     }
 }
 
@@ -410,29 +527,21 @@ fn chain(error: &(dyn Error + 'static)) -> String {
 }
 
 /// Chance for the jitter of delays; nothing depends on its quality.
-struct Chance {
-    state: RandomState,
-    count: u64,
-}
+#[derive(Debug)]
+struct Chance(u64);
 
 impl Chance {
-    fn new() -> Self {
-        Self { state: RandomState::new(), count: 0 }
+    fn new(seed: Option<u64>) -> Self {
+        Self(seed.unwrap_or_else(|| RandomState::new().build_hasher().finish()))
     }
 
-    /// In `0.0..1.0`.
+    /// In `0.0..1.0`: the upper bits of SplitMix64.
     fn next(&mut self) -> f64 {
-        self.count += 1;
-        let mut hasher = self.state.build_hasher();
-        hasher.write_u64(self.count);
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         // 32 bits fit an f64 exactly.
-        let bits = u32::try_from(hasher.finish() >> 32).unwrap_or(0);
+        let bits = u32::try_from((mixed ^ (mixed >> 31)) >> 32).unwrap_or(0);
         f64::from(bits) / (f64::from(u32::MAX) + 1.0)
-    }
-}
-
-impl fmt::Debug for Chance {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Chance").field("count", &self.count).finish_non_exhaustive()
     }
 }

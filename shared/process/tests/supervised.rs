@@ -1,6 +1,5 @@
 //! A child that is kept alive, as a real process.
 
-use std::error::Error;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -9,7 +8,7 @@ use grail_process::restart::{BackoffPolicy, Intensity, RestartPolicy};
 use grail_process::state::{GiveUp, State};
 use grail_process::{
     Child, ChildEvent, ChildPolicy, ChildSpec, DeathCause, ExitCause, Incarnation, LogPolicy, NotReady, Role, Signal,
-    StopPlan, Supervised, supervise,
+    StartError, StopPlan, Supervised, supervise,
 };
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::watch;
@@ -31,10 +30,8 @@ impl Shell {
     }
 }
 
-impl Role for Shell {
-    type Link = u64;
-
-    fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, Box<dyn Error + Send + Sync>> {
+impl Shell {
+    fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, StartError> {
         if self.script.is_empty() {
             return Err("no script".into());
         }
@@ -43,10 +40,30 @@ impl Role for Shell {
         let arguments = ["-c".to_owned(), self.script.to_owned(), "sh".to_owned(), number.to_string()];
         let mut spec = ChildSpec::new("shell", "/bin/sh").arguments(arguments);
         let write = self.write.clone();
-        spec.log = LogPolicy::to_sink(move |_| {
-            write.send_replace(number);
+        spec.log = LogPolicy::to_sink(move |line| {
+            write.send_replace(if line.text == "sick" { number + 1_000 } else { number });
         });
         Ok(spec)
+    }
+}
+
+impl Role for Shell {
+    type Process = Child;
+    type Link = u64;
+
+    async fn start(&mut self, incarnation: Incarnation) -> Result<Child, StartError> {
+        Ok(grail_process::spawn(self.spec(incarnation)?).await?)
+    }
+
+    fn watch(&mut self, link: &u64) -> impl Future<Output = DeathCause> + Send + 'static {
+        let (mut written, number) = (self.written.clone(), *link / 10);
+        async move {
+            // The second line of an incarnation stands for a sign that it does not work any more.
+            if written.wait_for(|written| *written == number + 1_000).await.is_ok() {
+                return DeathCause::HeartbeatLost;
+            }
+            std::future::pending().await
+        }
     }
 
     fn ready(
@@ -72,9 +89,12 @@ fn policy() -> ChildPolicy {
         restart: RestartPolicy {
             intensities: vec![Intensity { most: 3, period: LONG }],
             backoff: BackoffPolicy { first, most: first, jitter: 0.5, forgiven_after: LONG },
+            quarantine: None,
         },
         stop: StopPlan::terminate(LONG),
+        kill: StopPlan::kill(),
         last_incarnation: 0,
+        jitter_seed: None,
     }
 }
 
@@ -157,7 +177,7 @@ async fn a_flapping_child_is_given_up_and_can_be_released() {
     let mut watched = Watched::start(role, policy());
     assert!(matches!(watched.until_given_up().await, GiveUp::TooOften { .. }));
     assert_eq!(started.load(Ordering::Relaxed), 4, "the first start and three more");
-    watched.child.release();
+    watched.child.control().release();
     assert_eq!(watched.until_ready().await.0, 5);
     watched.child.shut_down().await;
 }
@@ -186,12 +206,12 @@ async fn a_program_that_cannot_be_described_counts_as_a_death() {
 async fn a_fault_replaces_its_own_incarnation_only() {
     let mut watched = Watched::start(Shell::new(PATIENT), policy());
     watched.until_ready().await;
-    watched.child.fault(1, DeathCause::HeartbeatLost);
+    watched.child.control().fault(1, DeathCause::HeartbeatLost);
     assert_eq!(watched.until_died().await.1, DeathCause::HeartbeatLost);
     assert_eq!(watched.until_ready().await.0, 2);
     // Late news of the first.
-    watched.child.fault(1, DeathCause::RequestHung);
-    watched.child.restart();
+    watched.child.control().fault(1, DeathCause::RequestHung);
+    watched.child.control().restart();
     assert_eq!(watched.until_died().await.1, DeathCause::Requested);
     assert_eq!(watched.until_ready().await.0, 3);
     watched.child.shut_down().await;
@@ -202,7 +222,7 @@ async fn a_version_mismatch_ends_it() {
     let mut watched = Watched::start(Shell::new(PATIENT), policy());
     watched.until_ready().await;
     let cause = DeathCause::VersionMismatch { ours: 1, theirs: 2 };
-    watched.child.fault(1, cause.clone());
+    watched.child.control().fault(1, cause.clone());
     assert_eq!(watched.until_given_up().await, GiveUp::Hopeless { cause });
     watched.child.shut_down().await;
 }
@@ -211,14 +231,14 @@ async fn a_version_mismatch_ends_it() {
 async fn draining_waits_for_the_word() {
     let mut watched = Watched::start(Shell::new(PATIENT), policy());
     watched.until_ready().await;
-    watched.child.drain();
+    watched.child.control().drain();
     assert!(matches!(watched.next().await, ChildEvent::Draining { incarnation: 1 }));
     assert_eq!(watched.child.state(), State::Draining);
-    watched.child.drained();
+    watched.child.control().drained();
     assert_eq!(watched.until_died().await.1, DeathCause::Requested);
     assert!(matches!(watched.next().await, ChildEvent::Stopped));
     assert_eq!(watched.child.state(), State::Dead);
-    watched.child.release();
+    watched.child.control().release();
     assert_eq!(watched.until_ready().await.0, 2);
     watched.child.shut_down().await;
 }
@@ -229,4 +249,43 @@ async fn dropping_the_handle_ends_the_child() {
     let (_, _, child) = watched.until_ready().await;
     drop(watched.child);
     assert_eq!(child.wait().await.cause.signal(), Some(Signal::SIGTERM));
+}
+
+#[tokio::test]
+async fn a_child_that_does_not_work_any_more_is_killed_and_replaced() {
+    // It ignores SIGTERM, as a process that hangs does.
+    let role = Shell::new("trap '' TERM; echo ready; [ $1 -gt 1 ] || echo sick; while :; do sleep 1000; done");
+    let mut watched = Watched::start(role, policy());
+    assert_eq!(watched.until_died().await.1, DeathCause::HeartbeatLost);
+    assert_eq!(watched.until_ready().await.0, 2);
+    watched.child.control().fault(2, DeathCause::RequestHung);
+    assert_eq!(watched.until_died().await.1, DeathCause::RequestHung);
+    drop(watched.child);
+}
+
+#[tokio::test]
+async fn quarantine_holds_until_released() {
+    let mut watched = Watched::start(Shell::new(PATIENT), policy());
+    watched.until_ready().await;
+    let control = watched.child.control();
+    control.quarantine();
+    assert_eq!(watched.until_died().await.1, DeathCause::Requested);
+    assert_eq!(watched.until_given_up().await, GiveUp::Quarantined);
+    control.restart();
+    control.release();
+    assert_eq!(watched.until_ready().await.0, 2, "a restart does not release it");
+    watched.child.shut_down().await;
+    control.release();
+    assert_eq!(control.state(), State::Dead, "nobody keeps it any more");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_quarantine_ends_by_its_timer() {
+    let mut flapping = policy();
+    flapping.restart.intensities[0].most = 0;
+    flapping.restart.quarantine = Some(Duration::from_secs(86_400));
+    let mut watched = Watched::start(Shell::new("[ $1 -gt 1 ] || exit 70; echo ready; exec sleep 1000"), flapping);
+    assert!(matches!(watched.until_given_up().await, GiveUp::TooOften { .. }));
+    assert_eq!(watched.until_ready().await.0, 2);
+    drop(watched.child);
 }

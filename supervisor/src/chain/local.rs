@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{Chain, ChainError, Head};
+use crate::clock::Clock;
 use crate::durable;
 
 /// First block of every local chain.
@@ -62,6 +63,7 @@ pub const DEFAULT_BLOCK_TIME: Duration = Duration::from_millis(1_000);
 #[derive(Debug, Clone)]
 pub struct LocalChain {
     file: ChainFile,
+    clock: Clock,
 }
 
 impl LocalChain {
@@ -69,11 +71,15 @@ impl LocalChain {
     ///
     /// # Errors
     /// If the folder cannot be read or written, or holds a chain with other settings than those asked for.
-    pub fn open_or_start(state_dir: &Path, settings: &LocalChainSettings) -> Result<Self, LocalChainError> {
+    pub fn open_or_start(
+        state_dir: &Path,
+        settings: &LocalChainSettings,
+        clock: &Clock,
+    ) -> Result<Self, LocalChainError> {
         let path = state_dir.join(FILE);
-        match Self::open(state_dir) {
+        match Self::open(state_dir, clock) {
             Ok(chain) => chain.check(&path, settings),
-            Err(LocalChainError::Absent { .. }) => Self::start(&path, settings),
+            Err(LocalChainError::Absent { .. }) => Self::start(&path, settings, clock),
             Err(error) => Err(error),
         }
     }
@@ -82,7 +88,7 @@ impl LocalChain {
     ///
     /// # Errors
     /// If there is none or it cannot be read.
-    pub fn open(state_dir: &Path) -> Result<Self, LocalChainError> {
+    pub fn open(state_dir: &Path, clock: &Clock) -> Result<Self, LocalChainError> {
         let path = state_dir.join(FILE);
         let text = match std::fs::read(&path) {
             Ok(text) => text,
@@ -99,20 +105,20 @@ impl LocalChain {
         if file.block_ms == 0 {
             return Err(malformed("block_ms is 0".to_owned()));
         }
-        Ok(Self { file })
+        Ok(Self { file, clock: clock.clone() })
     }
 
-    fn start(path: &Path, settings: &LocalChainSettings) -> Result<Self, LocalChainError> {
+    fn start(path: &Path, settings: &LocalChainSettings, clock: &Clock) -> Result<Self, LocalChainError> {
         let block_time = settings.block_time.unwrap_or(DEFAULT_BLOCK_TIME);
         let file = ChainFile {
             schema: SCHEMA,
             seed: settings.seed.clone().unwrap_or_else(|| DEFAULT_SEED.to_owned()),
-            genesis_unix_ms: unix_ms(SystemTime::now()),
+            genesis_unix_ms: unix_ms(clock.now()),
             genesis_block: GENESIS.0,
             block_ms: u64::try_from(block_time.as_millis()).unwrap_or(u64::MAX).max(1),
         };
         durable::write_json(path, &file).map_err(|source| LocalChainError::Write { path: path.to_owned(), source })?;
-        Ok(Self { file })
+        Ok(Self { file, clock: clock.clone() })
     }
 
     fn check(self, path: &Path, settings: &LocalChainSettings) -> Result<Self, LocalChainError> {
@@ -171,12 +177,12 @@ impl LocalChain {
 
 impl Chain for LocalChain {
     fn head(&self) -> BoxFuture<'_, Result<Head, ChainError>> {
-        async { self.head_at(SystemTime::now()) }.boxed()
+        async { self.head_at(self.clock.now()) }.boxed()
     }
 
     fn block_hash(&self, block: BlockNumber) -> BoxFuture<'_, Result<BlockHash, ChainError>> {
         async move {
-            let head = self.head_at(SystemTime::now())?.block;
+            let head = self.head_at(self.clock.now())?.block;
             if block > head {
                 return Err(ChainError::NotYet { wanted: block, head });
             }
@@ -214,8 +220,8 @@ mod tests {
     #[test]
     fn a_restart_sees_the_same_blocks() {
         let state = tempfile::tempdir().unwrap();
-        let first = LocalChain::open_or_start(state.path(), &settings("a")).unwrap();
-        let second = LocalChain::open_or_start(state.path(), &LocalChainSettings::default()).unwrap();
+        let first = LocalChain::open_or_start(state.path(), &settings("a"), &Clock::system()).unwrap();
+        let second = LocalChain::open_or_start(state.path(), &LocalChainSettings::default(), &Clock::system()).unwrap();
         let now = SystemTime::now() + Duration::from_secs(100);
         assert_eq!(first.head_at(now).unwrap(), second.head_at(now).unwrap());
         assert_eq!(first.beacon_at(BlockNumber(3_000)), second.beacon_at(BlockNumber(3_000)));
@@ -224,7 +230,7 @@ mod tests {
     #[test]
     fn blocks_follow_the_clock() {
         let state = tempfile::tempdir().unwrap();
-        let chain = LocalChain::open_or_start(state.path(), &settings("a")).unwrap();
+        let chain = LocalChain::open_or_start(state.path(), &settings("a"), &Clock::system()).unwrap();
         let genesis = chain.time_of(GENESIS).unwrap();
         for (ms, block) in [(0, 0), (499, 0), (500, 1), (15_000, 30)] {
             let head = chain.head_at(genesis + Duration::from_millis(ms)).unwrap();
@@ -236,8 +242,8 @@ mod tests {
     #[test]
     fn another_seed_is_refused_by_name() {
         let state = tempfile::tempdir().unwrap();
-        LocalChain::open_or_start(state.path(), &settings("a")).unwrap();
-        let error = LocalChain::open_or_start(state.path(), &settings("b")).unwrap_err().to_string();
+        LocalChain::open_or_start(state.path(), &settings("a"), &Clock::system()).unwrap();
+        let error = LocalChain::open_or_start(state.path(), &settings("b"), &Clock::system()).unwrap_err().to_string();
         assert!(error.contains("seed a") && error.contains("b is asked for"), "{error}");
     }
 
@@ -253,8 +259,8 @@ mod tests {
     fn a_broken_file_is_named() {
         let state = tempfile::tempdir().unwrap();
         std::fs::write(state.path().join(FILE), "{").unwrap();
-        let error = LocalChain::open(state.path()).unwrap_err().to_string();
+        let error = LocalChain::open(state.path(), &Clock::system()).unwrap_err().to_string();
         assert!(error.contains(FILE), "{error}");
-        assert!(matches!(LocalChain::open(tempfile::tempdir().unwrap().path()), Err(LocalChainError::Absent { .. })));
+        assert!(matches!(LocalChain::open(tempfile::tempdir().unwrap().path(), &Clock::system()), Err(LocalChainError::Absent { .. })));
     }
 }

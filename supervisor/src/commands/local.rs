@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use grail_checkpoint::{CheckpointCache, CheckpointStore};
 use grail_ipc::messages::Backend;
+use grail_process::restart::RestartPolicy;
 use grail_protocol::gate::TimeGate;
 use grail_protocol::keys::{DEMO_HOTKEY_URI, Keypair};
 use object_store::ObjectStore;
@@ -17,10 +18,11 @@ use super::CommandError;
 use crate::beacon::Beacon;
 use crate::chain::{Chain, LocalChain, LocalChainSettings};
 use crate::checkpoints::Checkpoints;
+use crate::clock::Clock;
 use crate::demo::Demo;
 use crate::engine::{Engine, Limits};
 use crate::environments::EnvironmentSource;
-use crate::fleet::{Fleet, FleetSettings, ServerSettings, WorkerSettings, sibling_program};
+use crate::fleet::{Fleet, FleetSettings, Heartbeat, ServerSettings, SlotLimits, WorkerSettings, sibling_program};
 use crate::journal::{Event, Journal};
 use crate::miner::Miner;
 use crate::progress::Progress;
@@ -94,11 +96,12 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
         trainer = Some(publisher);
     }
     // Publishing takes a moment, so the clock of a new chain starts behind it.
-    let local = Arc::new(LocalChain::open_or_start(state.root(), &chain_settings)?);
+    let clock = Clock::system();
+    let local = Arc::new(LocalChain::open_or_start(state.root(), &chain_settings, &clock)?);
     let chain: Arc<dyn Chain> = local.clone();
     let beacon = if settings.use_drand { Beacon::Local(local) } else { Beacon::BlockHashOnly };
 
-    let mut journal = Journal::open(state.root()).map_err(|source| crate::state::StateError::Io {
+    let mut journal = Journal::open(state.root(), clock.clone()).map_err(|source| crate::state::StateError::Io {
         action: "open the journal in",
         path: state.root().to_owned(),
         source,
@@ -115,6 +118,7 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
         limits: limits(settings),
         gate: TimeGate::new(settings.safety_blocks).with_block_time(chain.nominal_block_time()),
         journal,
+        clock,
         started,
     };
     let miner = Miner {
@@ -168,6 +172,8 @@ fn fleet_settings(settings: &LocalSettings) -> Result<FleetSettings, CommandErro
             start_limit: settings.server_timeout,
             max_concurrent: settings.max_concurrent.unwrap_or(BUILTIN_CONCURRENT),
             request_limit: settings.server_timeout,
+            heartbeat: Heartbeat::default(),
+            restart: RestartPolicy::default(),
         },
     })
 }
@@ -189,7 +195,6 @@ pub fn worker_settings(
         device: device.to_owned(),
         dtype: if device == "cpu" { "float32" } else { "bfloat16" },
         threads: (cores / slots.max(1) as usize).max(1),
-        start_limit: Duration::from_secs(180),
-        reload_limit: Duration::from_secs(120),
+        limits: SlotLimits::default(),
     })
 }

@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::CommandError;
 use super::local::{self, LocalSettings, LocalWorld};
+use crate::engine::StopSignals;
 use crate::journal::Event;
 use crate::miner::Summary;
 use crate::progress;
@@ -17,11 +18,10 @@ use crate::progress;
 /// [`CommandError`]; what was spooled stays in the spool.
 pub async fn local(settings: &LocalSettings, windows: Option<usize>) -> Result<Summary, CommandError> {
     let LocalWorld { mut miner, trainer, mut events, progress, started } = local::open(settings).await?;
-    let stop = CancellationToken::new();
+    let stop = StopSignals::default();
     let hidden = CancellationToken::new();
     let display = tokio::spawn(progress::show(progress, started, hidden.clone()));
-    let now = CancellationToken::new();
-    let signals = tokio::spawn(watch_signals(stop.clone(), now.clone()));
+    let signals = tokio::spawn(watch_signals(stop.clone()));
     let publishing = trainer.map(|trainer| {
         let chain = miner.chain.clone();
         tokio::spawn(async move {
@@ -32,23 +32,20 @@ pub async fn local(settings: &LocalSettings, windows: Option<usize>) -> Result<S
     });
     // The engine writes the journal; what the children report meanwhile goes through a writer of its own.
     let journal_of_children = miner.state.root().to_owned();
+    let clock = miner.engine.clock.clone();
     let notes = tokio::spawn(async move {
-        let Ok(mut journal) = crate::journal::Journal::open(&journal_of_children) else { return };
+        let Ok(mut journal) = crate::journal::Journal::open(&journal_of_children, clock) else { return };
         while let Some(event) = events.recv().await {
             journal.record(event);
         }
     });
 
-    let result = tokio::select! {
-        result = miner.run(windows, stop.clone()) => result,
-        // What is spooled stays in the spool; the next start goes on from it.
-        () = now.cancelled() => Ok(Summary::default()),
-    };
+    let result = miner.run(windows, stop.clone()).await;
     hidden.cancel();
     drop(display.await);
     miner.fleet.shut_down().await;
     let reason = match &result {
-        Ok(_) if stop.is_cancelled() => "told to stop".to_owned(),
+        Ok(_) if stop.is_stopping() => "told to stop".to_owned(),
         Ok(_) => "done".to_owned(),
         Err(error) => crate::engine::with_causes(error),
     };
@@ -75,7 +72,7 @@ fn remove_runtime(folder: PathBuf) {
 
 /// The first SIGINT or SIGTERM ends admission; the window is sealed with what is under way. The second one ends the children and
 /// goes; the spool has everything.
-async fn watch_signals(stop: CancellationToken, now: CancellationToken) {
+async fn watch_signals(stop: StopSignals) {
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
         tracing::error!("Signals cannot be watched.");
@@ -86,13 +83,13 @@ async fn watch_signals(stop: CancellationToken, now: CancellationToken) {
         _ = terminate.recv() => {}
     }
     tracing::info!("Told to stop: no new groups; the window is sealed with what is under way.");
-    stop.cancel();
+    stop.drain.cancel();
     tokio::select! {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
     }
     tracing::warn!("Told to stop at once; what is spooled stays in the spool.");
-    now.cancel();
+    stop.now.cancel();
 }
 
 /// The result as lines for people.

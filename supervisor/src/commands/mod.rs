@@ -102,15 +102,14 @@ fn of_fleet(error: &FleetError) -> ExitCode {
     match error {
         FleetError::Child(_) => ExitCode::MissingInput,
         FleetError::Socket(_) => ExitCode::CannotWrite,
-        // A child said with its own exit code that its data is wrong; starting again would not help.
-        FleetError::NoWorkers { reason } | FleetError::Server { reason } if is_bad_data(reason) => ExitCode::BadData,
+        // A child said with its own exit code what is wrong; starting again would not help.
+        FleetError::NoWorkers { exit: Some(exit), .. } | FleetError::Server { exit: Some(exit), .. }
+            if !exit.is_worth_a_restart() =>
+        {
+            *exit
+        }
         FleetError::NoWorkers { .. } | FleetError::Server { .. } => ExitCode::Temporary,
     }
-}
-
-/// Children give their reason as text; the code in it is the public one.
-fn is_bad_data(reason: &str) -> bool {
-    reason.contains(&format!("exit code {}", ExitCode::BadData.number()))
 }
 
 fn of_mine(error: &MineError) -> ExitCode {
@@ -121,6 +120,7 @@ fn of_mine(error: &MineError) -> ExitCode {
         MineError::FirstCheckpoint(error) => of_checkpoint(error),
         MineError::Engine(error) => match error {
             EngineError::NoWorkers | EngineError::NoServer => ExitCode::Temporary,
+            EngineError::Fleet(error) => of_fleet(error),
             EngineError::Chain(_) => ExitCode::Unavailable,
             EngineError::Spool(SpoolError::NotASpool { .. } | SpoolError::OtherWindow { .. }) => ExitCode::BadData,
             EngineError::Spool(_) | EngineError::Seal(SealError::Keep { .. }) => ExitCode::CannotWrite,

@@ -16,6 +16,7 @@ use super::CommandError;
 use super::local::{open_store, runtime_dir, worker_settings};
 use crate::beacon::Beacon;
 use crate::chain::LocalChain;
+use crate::clock::Clock;
 use crate::fleet::{self, Target, Workers};
 use crate::state;
 use crate::store::{WindowStore, window_key};
@@ -167,7 +168,7 @@ pub async fn local(
     challenge: Option<ChallengeRandomness>,
     settings: &JudgeSettings,
 ) -> Result<LocalVerdicts, CommandError> {
-    let chain = Arc::new(LocalChain::open(state_dir)?);
+    let chain = Arc::new(LocalChain::open(state_dir, &Clock::system())?);
     let beacon = Beacon::Local(chain.clone());
     let objects = open_store(&state::store_of(state_dir))?;
     let checkpoints = CheckpointStore::new(objects.clone());

@@ -2,20 +2,25 @@
 //! as one.
 
 mod child;
+mod control;
+mod link;
 mod server;
 mod workers;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use grail_ipc::WorkerClient;
 use grail_ipc::socket::{RuntimeFolder, SocketError};
-use grail_protocol::ids::{CheckpointWindow, WeightsHash};
+use grail_process::ExitCode;
+use grail_protocol::ids::WeightsHash;
 use tokio::sync::mpsc;
 
 pub use child::{ChildDefect, sibling_program};
+pub use control::{FleetHandle, ServerStatus, SlotCommand, SlotRefused, SlotStatus};
+pub use link::{Heartbeat, Target, WorkerLink};
 pub use server::{ModelFacts, ServerSettings};
-pub use workers::{Observers, Target, WorkerSettings, Workers};
+pub use workers::{Observers, SlotFacts, SlotLimits, WorkerSettings, Workers, watch_worker};
 
 use crate::checkpoints::{CheckpointFiles, ReadyCheckpoint};
 use crate::generation::Generator;
@@ -33,9 +38,9 @@ pub enum FleetError {
     #[error(transparent)]
     Child(#[from] ChildDefect),
     #[error("no proof worker can work: {reason}")]
-    NoWorkers { reason: String },
+    NoWorkers { reason: String, exit: Option<ExitCode> },
     #[error("the generation server cannot work: {reason}")]
-    Server { reason: String },
+    Server { reason: String, exit: Option<ExitCode> },
 }
 
 impl ModelFacts {
@@ -67,13 +72,25 @@ pub struct Fleet {
     journal: mpsc::UnboundedSender<Event>,
     progress: Arc<Progress>,
     running: Option<Running>,
+    controls: Arc<Mutex<control::Controls>>,
 }
 
 #[derive(Debug)]
 struct Running {
     workers: Workers,
     server: Server,
-    rolled: Option<(CheckpointWindow, WeightsHash)>,
+    /// The weights on which everything was started, until they are there.
+    started_on: Option<WeightsHash>,
+    /// The weights that everything has.
+    rolled: Option<WeightsHash>,
+}
+
+fn target_of(checkpoint: &ReadyCheckpoint) -> Target {
+    Target {
+        checkpoint: checkpoint.installed.window,
+        folder: checkpoint.installed.folder.clone(),
+        weights: checkpoint.installed.weights_hash,
+    }
 }
 
 impl Fleet {
@@ -83,7 +100,14 @@ impl Fleet {
     /// Outside a tokio runtime.
     #[must_use]
     pub fn new(settings: FleetSettings, journal: mpsc::UnboundedSender<Event>, progress: Arc<Progress>) -> Self {
-        Self { settings, queue: ProofQueue::start(), journal, progress, running: None }
+        let controls = Arc::default();
+        Self { settings, queue: ProofQueue::start(), journal, progress, running: None, controls }
+    }
+
+    /// The fleet as seen from outside.
+    #[must_use]
+    pub fn handle(&self) -> FleetHandle {
+        FleetHandle { controls: self.controls.clone(), queue: self.queue.clone() }
     }
 
     /// Dtype of the proofs.
@@ -98,46 +122,49 @@ impl Fleet {
         ModelFacts::of(files).max_model_len(self.settings.server.max_model_len)
     }
 
-    /// Brings workers and server to `checkpoint`; true if that was not so before. Both have the same weights afterwards, or
-    /// this fails and nothing may be mined.
+    /// Starts what does not run yet, on `checkpoint`; it is not waited for.
+    ///
+    /// # Errors
+    /// [`FleetError`] if there can be no children at all.
+    pub fn ensure_started(&mut self, checkpoint: &ReadyCheckpoint) -> Result<(), FleetError> {
+        if self.running.is_none() {
+            self.running = Some(self.start(target_of(checkpoint), ModelFacts::of(&checkpoint.files))?);
+        }
+        Ok(())
+    }
+
+    /// Brings workers and server to `checkpoint`. Both have the same weights afterwards, or this fails and nothing may be mined.
     ///
     /// # Errors
     /// [`FleetError`].
-    pub async fn roll(&mut self, checkpoint: &ReadyCheckpoint) -> Result<bool, FleetError> {
-        let target = Target {
-            checkpoint: checkpoint.installed.window,
-            folder: checkpoint.installed.folder.clone(),
-            weights: checkpoint.installed.weights_hash,
-        };
-        let facts = ModelFacts::of(&checkpoint.files);
-        let key = (target.checkpoint, target.weights);
-        let started = self.running.is_some();
-        if !started {
-            let running = self.start(target.clone(), facts)?;
-            self.running = Some(running);
-        }
-        let Some(running) = &mut self.running else { return Ok(false) };
-        let label = target.weights.to_string();
-        if running.rolled == Some(key) {
+    pub async fn roll(&mut self, checkpoint: &ReadyCheckpoint) -> Result<(), FleetError> {
+        self.ensure_started(checkpoint)?;
+        let Some(running) = &mut self.running else { return Ok(()) };
+        let (target, facts) = (target_of(checkpoint), ModelFacts::of(&checkpoint.files));
+        if running.rolled == Some(target.weights) {
             // The server may have been lost since; whoever samples waits for it.
-            return Ok(false);
+            return Ok(());
         }
         running.rolled = None;
-        if started {
-            let (workers, server) =
-                futures::join!(running.workers.roll(target.clone()), running.server.roll(target, facts));
-            workers.and(server)?;
+        let weights = target.weights;
+        let first = running.started_on.take() == Some(weights);
+        let brought = if first {
+            let label = weights.to_string();
+            futures::join!(running.workers.wait_ready(), running.server.wait_for(&label))
         } else {
-            let brought = futures::join!(running.workers.wait_ready(), running.server.wait_for(&label));
-            if let Err(error) = brought.0.and(brought.1) {
+            futures::join!(running.workers.roll(target.clone()), running.server.roll(target, facts))
+        };
+        if let Err(error) = brought.0.and(brought.1) {
+            if first {
                 self.shut_down().await;
-                return Err(error);
             }
+            return Err(error);
         }
-        if let Some(running) = &mut self.running {
-            running.rolled = Some(key);
-        }
-        Ok(true)
+        running.rolled = Some(weights);
+        let active = Event::CheckpointActive { checkpoint: checkpoint.installed.window, weights };
+        // Without a journal nobody asks.
+        drop(self.journal.send(active));
+        Ok(())
     }
 
     fn start(&self, target: Target, facts: ModelFacts) -> Result<Running, FleetError> {
@@ -145,8 +172,11 @@ impl Fleet {
         let observers =
             Observers { queue: self.queue.clone(), journal: self.journal.clone(), progress: self.progress.clone() };
         let workers = Workers::start(&self.settings.workers, &runtime, target.clone(), &observers);
+        let started_on = Some(target.weights);
         let server = Server::start(&self.settings.server, &runtime, (target, facts), self.journal.clone());
-        Ok(Running { workers, server, rolled: None })
+        let controls = control::Controls { slots: workers.controls(), server: Some(server.control()) };
+        *self.controls.lock().unwrap_or_else(PoisonError::into_inner) = controls;
+        Ok(Running { workers, server, started_on, rolled: None })
     }
 
     /// Source of completions, waiting while there is no server.
@@ -194,5 +224,5 @@ pub async fn single_worker(
         None => "it died as soon as it was ready".to_owned(),
     };
     workers.shut_down().await;
-    Err(FleetError::NoWorkers { reason })
+    Err(FleetError::NoWorkers { reason, exit: None })
 }

@@ -15,14 +15,16 @@ use grail_process::cause::DeathCause;
 use grail_process::restart::RestartPolicy;
 use grail_process::state::State;
 use grail_process::{
-    Child, ChildEvent, ChildPolicy, ChildSpec, Incarnation, NotReady, Role, StopPlan, Supervised, supervise,
+    Child, ChildEvent, ChildPolicy, ChildSpec, Events, ExitCode, Incarnation, NotReady, Role, Signal, StartError, StopPlan,
+    StopTarget, Supervised, supervise,
 };
 use grail_protocol::ids::TokenId;
 use tokio::sync::{mpsc, watch};
 
 use super::FleetError;
 use super::child::{self, not_ready};
-use super::workers::Target;
+use super::control::{ServerControl, SharedFacts};
+use super::link::{Heartbeat, Target};
 use crate::engine::with_causes;
 use crate::generation::{GenerationError, Generator, HttpGenerator, Sample, ServerFacts};
 use crate::journal::Event;
@@ -31,6 +33,8 @@ use crate::journal::Event;
 const LAUNCHER_START_LIMIT: Duration = Duration::from_secs(30);
 /// How long a launcher may take to stop its server: the whole stop recipe.
 const LAUNCHER_STOP_LIMIT: Duration = Duration::from_secs(25);
+/// How long a launcher that gives no sign of life may take to stop its server, should it still be able to.
+const SICK_LAUNCHER_LIMIT: Duration = Duration::from_secs(3);
 
 /// How the generation server is run.
 #[derive(Debug, Clone)]
@@ -48,6 +52,9 @@ pub struct ServerSettings {
     /// Most requests in flight, and how long one may take.
     pub max_concurrent: usize,
     pub request_limit: Duration,
+    /// Of the launcher.
+    pub heartbeat: Heartbeat,
+    pub restart: RestartPolicy,
 }
 
 /// Facts of a checkpoint that answers are judged by.
@@ -75,6 +82,7 @@ pub struct Server {
     target: watch::Sender<(Target, ModelFacts)>,
     served: watch::Receiver<Served>,
     generator: Arc<WaitingGenerator>,
+    facts: SharedFacts,
 }
 
 /// What the server can do now.
@@ -86,7 +94,7 @@ enum Served {
     /// Requests under this label.
     Weights(String, Arc<HttpGenerator>),
     /// Nothing, and nobody works on it any more.
-    Never(String),
+    Never { reason: String, exit: Option<ExitCode> },
 }
 
 impl Server {
@@ -98,22 +106,38 @@ impl Server {
         target: (Target, ModelFacts),
         journal: mpsc::UnboundedSender<Event>,
     ) -> Self {
-        let role = LauncherRole { settings: settings.clone(), runtime: runtime.clone(), call: None };
+        let facts = SharedFacts::default();
+        let role =
+            LauncherRole { settings: settings.clone(), runtime: runtime.clone(), facts: facts.clone(), call: None };
         let policy = ChildPolicy {
             name: "launcher".to_owned(),
             start_limit: LAUNCHER_START_LIMIT,
-            restart: RestartPolicy::default(),
+            restart: settings.restart.clone(),
             stop: StopPlan::terminate(LAUNCHER_STOP_LIMIT),
+            // One that was stopped by a signal must first be able to hear; its own end takes the server with it.
+            kill: StopPlan::terminate(Duration::ZERO).then(Signal::SIGCONT, StopTarget::Leader, SICK_LAUNCHER_LIMIT),
             last_incarnation: 0,
+            jitter_seed: None,
         };
         let (child, events) = supervise(role, policy);
         let (target, wanted) = watch::channel(target);
         let (publish, served) = watch::channel(Served::Nothing);
-        let keeper =
-            Keeper { settings: settings.clone(), wanted, publish, journal, states: child.states(), failures: 0 };
+        let keeper = Keeper {
+            settings: settings.clone(),
+            wanted,
+            publish,
+            journal,
+            states: child.states(),
+            facts: facts.clone(),
+            failures: 0,
+        };
         tokio::spawn(keeper.run(events));
         let generator = Arc::new(WaitingGenerator { served: served.clone() });
-        Self { child, target, served, generator }
+        Self { child, target, served, generator, facts }
+    }
+
+    pub(super) fn control(&self) -> ServerControl {
+        ServerControl { child: self.child.control(), facts: self.facts.clone() }
     }
 
     /// The source of completions; it waits while the server is away.
@@ -138,17 +162,17 @@ impl Server {
     /// As [`Server::roll`].
     pub async fn wait_for(&self, label: &str) -> Result<(), FleetError> {
         let mut served = self.served.clone();
-        let ended = || FleetError::Server { reason: "the launcher's keeper has ended".to_owned() };
+        let ended = || FleetError::Server { reason: "the launcher's keeper has ended".to_owned(), exit: None };
         let state = served
             .wait_for(|served| match served {
                 Served::Nothing => false,
                 Served::Weights(serves, _) => serves == label,
-                Served::Never(_) => true,
+                Served::Never { .. } => true,
             })
             .await
             .map_err(|_| ended())?;
         match &*state {
-            Served::Never(reason) => Err(FleetError::Server { reason: reason.clone() }),
+            Served::Never { reason, exit } => Err(FleetError::Server { reason: reason.clone(), exit: *exit }),
             _ => Ok(()),
         }
     }
@@ -167,6 +191,7 @@ struct Keeper {
     publish: watch::Sender<Served>,
     journal: mpsc::UnboundedSender<Event>,
     states: watch::Receiver<State>,
+    facts: SharedFacts,
     failures: u32,
 }
 
@@ -174,9 +199,12 @@ struct Keeper {
 const MOST_FAILURES: u32 = 5;
 
 impl Keeper {
-    async fn run(mut self, mut events: mpsc::UnboundedReceiver<ChildEvent<(LauncherClient, LauncherEvents)>>) {
+    async fn run(mut self, mut events: Events<LauncherRole>) {
         while let Some(event) = events.recv().await {
             match event {
+                ChildEvent::Started { incarnation, pid } => self.facts.change(|facts| {
+                    (facts.pid, facts.epoch) = (Some(pid), incarnation.number);
+                }),
                 ChildEvent::Ready { link: (client, launcher_events), .. } => {
                     // Ends when the launcher is gone; its death comes as the next event.
                     self.serve(&client, launcher_events).await;
@@ -186,7 +214,8 @@ impl Keeper {
                     self.publish_loss(&format!("launcher died: {cause}"));
                 }
                 ChildEvent::GaveUp(reason) => {
-                    self.publish.send_replace(Served::Never(format!("launcher was given up: {reason}")));
+                    let reason = format!("launcher was given up: {reason}");
+                    self.publish.send_replace(Served::Never { reason, exit: None });
                 }
                 _ => {}
             }
@@ -194,7 +223,7 @@ impl Keeper {
     }
 
     /// Drives one launcher until its connection is over.
-    async fn serve(&mut self, client: &LauncherClient, mut events: LauncherEvents) {
+    async fn serve(&mut self, client: &Arc<LauncherClient>, mut events: LauncherEvents) {
         let mut running = false;
         loop {
             self.wanted.mark_unchanged();
@@ -228,7 +257,7 @@ impl Keeper {
                     let reason = with_causes(&error);
                     self.publish_loss(&reason);
                     if self.failures >= MOST_FAILURES || is_hopeless(&error) {
-                        self.publish.send_replace(Served::Never(reason));
+                        self.publish.send_replace(Served::Never { reason, exit: exit_code(&error) });
                         // Another launcher would fail in the same way; only another checkpoint may not.
                         tokio::select! {
                             _ = client.closed() => return,
@@ -246,6 +275,7 @@ impl Keeper {
                 }
             }
             tokio::select! {
+                biased;
                 lost = next_death(&mut events) => match lost {
                     Some(cause) => {
                         running = false;
@@ -291,6 +321,7 @@ impl Keeper {
             vocab_size: facts.vocab_size,
             eos_token: facts.eos_token,
         };
+        self.facts.change(|shown| (shown.url, shown.label) = (Some(facts.url.clone()), Some(label.to_owned())));
         let generator = HttpGenerator::new(facts, self.settings.max_concurrent, self.settings.request_limit)?;
         self.publish.send_replace(Served::Weights(label.to_owned(), Arc::new(generator)));
         Ok(())
@@ -300,8 +331,13 @@ impl Keeper {
         let (was_serving, is_over) = match &*self.publish.borrow() {
             Served::Weights(..) => (true, false),
             Served::Nothing => (false, false),
-            Served::Never(_) => (false, true),
+            Served::Never { .. } => (false, true),
         };
+        self.facts.change(|facts| {
+            facts.label = None;
+            facts.deaths += u64::from(was_serving);
+            facts.last_death = Some(cause.to_owned());
+        });
         if is_over || matches!(&*self.states.borrow(), State::Stopping | State::Dead) {
             return;
         }
@@ -319,6 +355,18 @@ impl Keeper {
 fn is_hopeless(error: &RequestError) -> bool {
     matches!(error, RequestError::Failed(failed) if failed.code == BAD_SPEC)
 }
+
+/// What a launcher's refusal means for us.
+fn exit_code(error: &RequestError) -> Option<ExitCode> {
+    match error {
+        RequestError::Failed(failed) if failed.code == BAD_CHECKPOINT => Some(ExitCode::BadData),
+        RequestError::Failed(failed) if failed.code == BAD_SPEC => Some(ExitCode::Configuration),
+        _ => None,
+    }
+}
+
+/// Code of the launcher for a folder that cannot be served.
+const BAD_CHECKPOINT: &str = "bad_checkpoint";
 
 /// Code of the launcher for an order that no server can fulfil.
 const BAD_SPEC: &str = "bad_spec";
@@ -344,23 +392,51 @@ struct WaitingGenerator {
     served: watch::Receiver<Served>,
 }
 
+/// Servers that may die under one sample.
+const MOST_SERVERS: u32 = 3;
+/// A server whose connection broke is known to be lost within this, if it is.
+const LOSS_LIMIT: Duration = Duration::from_secs(5);
+
+impl WaitingGenerator {
+    async fn serving(&self) -> Result<Arc<HttpGenerator>, GenerationError> {
+        let mut served = self.served.clone();
+        let state = served
+            .wait_for(|served| !matches!(served, Served::Nothing))
+            .await
+            .map_err(|_| GenerationError::NotRunning)?;
+        match &*state {
+            Served::Weights(_, generator) => Ok(generator.clone()),
+            Served::Nothing | Served::Never { .. } => Err(GenerationError::NotRunning),
+        }
+    }
+
+    /// Whether `generator`'s server is gone.
+    async fn is_lost(&self, generator: &Arc<HttpGenerator>) -> bool {
+        let mut served = self.served.clone();
+        let replaced = served
+            .wait_for(|served| !matches!(served, Served::Weights(_, serving) if Arc::ptr_eq(serving, generator)));
+        tokio::time::timeout(LOSS_LIMIT, replaced).await.is_ok()
+    }
+
+    async fn draw(&self, sample: Sample) -> Result<Vec<TokenId>, GenerationError> {
+        let mut servers = 0;
+        loop {
+            let generator = self.serving().await?;
+            servers += 1;
+            match generator.sample(sample.clone()).await {
+                // What a dead server was drawing nobody has seen: the next one draws it anew.
+                Err(error) if error.is_of_transport() && servers < MOST_SERVERS && self.is_lost(&generator).await => {
+                    tracing::debug!(rid = sample.rid, error = with_causes(&error), "Sampling again on the next server.");
+                }
+                result => return result,
+            }
+        }
+    }
+}
+
 impl Generator for WaitingGenerator {
     fn sample(&self, sample: Sample) -> BoxFuture<'_, Result<Vec<TokenId>, GenerationError>> {
-        async move {
-            let generator = {
-                let mut served = self.served.clone();
-                let state = served
-                    .wait_for(|served| !matches!(served, Served::Nothing))
-                    .await
-                    .map_err(|_| GenerationError::NotRunning)?;
-                match &*state {
-                    Served::Weights(_, generator) => generator.clone(),
-                    Served::Nothing | Served::Never(_) => return Err(GenerationError::NotRunning),
-                }
-            };
-            generator.sample(sample).await
-        }
-        .boxed()
+        self.draw(sample).boxed()
     }
 
     fn abort_all(&self) -> BoxFuture<'_, ()> {
@@ -382,20 +458,45 @@ impl Generator for WaitingGenerator {
 struct LauncherRole {
     settings: ServerSettings,
     runtime: RuntimeFolder,
+    facts: SharedFacts,
     call: Option<(PathBuf, Expected)>,
 }
 
-impl Role for LauncherRole {
-    type Link = (LauncherClient, LauncherEvents);
-
-    fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, Box<dyn std::error::Error + Send + Sync>> {
+impl LauncherRole {
+    fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, child::ChildDefect> {
         let place = (SlotId(0), incarnation);
         let (mut spec, expected, socket) =
             child::serving("launcher", (&self.settings.launcher, &self.settings.variables), &self.runtime, place)?;
         // It must run its stop recipe when we die; killed at once it would leave the server's tree to init.
-        spec.parent_death_signal = Some(grail_process::Signal::SIGTERM);
+        spec.parent_death_signal = Some(Signal::SIGTERM);
+        let Heartbeat { every, limit } = self.settings.heartbeat;
+        let spec = spec
+            .arguments(["--look-interval-ms".to_owned(), every.as_millis().to_string()])
+            .arguments(["--silence-limit-ms".to_owned(), limit.as_millis().to_string()]);
         self.call = Some((socket, expected));
         Ok(spec)
+    }
+}
+
+impl Role for LauncherRole {
+    type Process = Child;
+    type Link = (Arc<LauncherClient>, LauncherEvents);
+
+    async fn start(&mut self, incarnation: Incarnation) -> Result<Child, StartError> {
+        Ok(grail_process::spawn(self.spec(incarnation)?).await?)
+    }
+
+    fn watch(&mut self, (client, _): &Self::Link) -> impl Future<Output = DeathCause> + Send + 'static {
+        let (client, facts, heartbeat) = (client.clone(), self.facts.clone(), self.settings.heartbeat);
+        let closed = {
+            let client = client.clone();
+            async move { client.closed().await }.boxed()
+        };
+        let ask = move || {
+            let client = client.clone();
+            async move { client.ping().await }.boxed()
+        };
+        heartbeat.watch(ask, closed, move |server| facts.change(|facts| facts.server_pid = server))
     }
 
     fn ready(
@@ -408,7 +509,9 @@ impl Role for LauncherRole {
             let Some((socket, expected)) = call else {
                 return Err(NotReady(DeathCause::NotSpawned { detail: "it was never described".to_owned() }));
             };
-            LauncherClient::connect(&socket, &expected, LAUNCHER_START_LIMIT).await.map_err(|error| not_ready(&error))
+            let connected = LauncherClient::connect(&socket, &expected, LAUNCHER_START_LIMIT).await;
+            let (client, events) = connected.map_err(|error| not_ready(&error))?;
+            Ok((Arc::new(client), events))
         }
     }
 }

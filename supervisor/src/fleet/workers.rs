@@ -1,26 +1,30 @@
 //! The proof workers: one supervised process a slot, fed by the proof queue, rolled one after the other.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use grail_ipc::jobs::ProveJob;
-use grail_ipc::messages::{Severity, SlotId};
+use grail_ipc::messages::{Failed, Severity, SlotId};
 use grail_ipc::socket::RuntimeFolder;
-use grail_ipc::{Expected, RequestError, WorkerClient};
+use grail_ipc::{Expected, LostConnection, RequestError, WorkerClient};
 use grail_process::cause::DeathCause;
 use grail_process::restart::RestartPolicy;
-use grail_process::state::State;
+use grail_process::state::{GiveUp, State};
 use grail_process::{
-    Child, ChildEvent, ChildPolicy, ChildSpec, Incarnation, NotReady, Role, Signal, StopPlan, Supervised, supervise,
+    Child, ChildControl, ChildEvent, ChildPolicy, ChildSpec, Events, ExitCode, Incarnation, NotReady, Role, StartError,
+    StopPlan, Supervised, supervise,
 };
-use grail_protocol::ids::{CheckpointWindow, WeightsHash};
+use grail_protocol::ids::WeightsHash;
 use tokio::sync::{mpsc, watch};
 
 use super::FleetError;
 use super::child::{self, not_ready};
+use super::control::{Controls, FleetHandle, SharedFacts, SlotControl};
+use super::link::{Heartbeat, Target, WorkerLink};
 use crate::engine::with_causes;
 use crate::journal::Event;
 use crate::progress::Progress;
@@ -39,33 +43,55 @@ pub struct WorkerSettings {
     pub dtype: &'static str,
     /// Threads of one worker on the CPU.
     pub threads: usize,
-    /// How long a worker may take to load its model.
-    pub start_limit: Duration,
-    /// How long a worker may take to roll to another checkpoint.
-    pub reload_limit: Duration,
+    pub limits: SlotLimits,
 }
 
-/// The weights that workers should have.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
-    pub checkpoint: CheckpointWindow,
-    pub folder: PathBuf,
-    pub weights: WeightsHash,
+/// How long things may take in a slot, and how often it may fail.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SlotLimits {
+    /// Loading the model.
+    pub start: Duration,
+    /// Rolling to another checkpoint.
+    pub reload: Duration,
+    /// Proving one group, with the one before it in the queue.
+    pub prove: Duration,
+    /// Finishing what a slot has when it is drained.
+    pub drain: Duration,
+    pub heartbeat: Heartbeat,
+    pub restart: RestartPolicy,
+    /// Makes delays repeatable.
+    pub jitter_seed: Option<u64>,
+}
+
+impl Default for SlotLimits {
+    /// A proof gets the time that the protocol's reference gives it.
+    fn default() -> Self {
+        Self {
+            start: Duration::from_secs(180),
+            reload: Duration::from_secs(120),
+            prove: Duration::from_secs(600),
+            drain: Duration::from_secs(120),
+            heartbeat: Heartbeat::default(),
+            restart: RestartPolicy::default(),
+            jitter_seed: None,
+        }
+    }
 }
 
 /// All slots.
 #[derive(Debug)]
-pub struct Workers {
-    slots: Vec<Slot>,
+pub struct Workers<L: WorkerLink = WorkerClient> {
+    slots: Vec<Slot<L>>,
     target: watch::Sender<Target>,
-    reload_limit: Duration,
+    limits: SlotLimits,
 }
 
 #[derive(Debug)]
-struct Slot {
+struct Slot<L: WorkerLink> {
     id: SlotId,
     child: Supervised,
-    live: watch::Receiver<Option<Arc<LiveWorker>>>,
+    live: watch::Receiver<Option<Arc<LiveWorker<L>>>>,
+    facts: SharedFacts,
 }
 
 /// What slots report to.
@@ -76,31 +102,99 @@ pub struct Observers {
     pub progress: Arc<Progress>,
 }
 
+/// Why a slot has no worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Absent {
+    reason: String,
+    /// What its process said with its exit code, if that is why.
+    exit: Option<ExitCode>,
+    /// An operator wants it so.
+    is_wanted: bool,
+}
+
+impl Absent {
+    fn ended(slot: SlotId) -> Self {
+        Self { reason: format!("slot {slot} has ended"), exit: None, is_wanted: true }
+    }
+
+    fn given_up(slot: SlotId, reason: &GiveUp) -> Self {
+        let exit = match reason {
+            GiveUp::Hopeless { cause } | GiveUp::TooOften { cause, .. } => cause.exit_code(),
+            _ => None,
+        };
+        let is_wanted = *reason == GiveUp::Quarantined;
+        Self { reason: format!("slot {slot} was given up: {reason}"), exit, is_wanted }
+    }
+}
+
 impl Workers {
     /// Starts all slots on `target`.
     #[must_use]
     pub fn start(settings: &WorkerSettings, runtime: &RuntimeFolder, target: Target, observers: &Observers) -> Self {
+        let role = |slot, target, facts| WorkerRole {
+            slot,
+            settings: settings.clone(),
+            runtime: runtime.clone(),
+            target,
+            facts,
+            call: None,
+        };
+        Self::start_with(settings.slots, &settings.limits, target, observers, role)
+    }
+
+    /// A connection to any ready worker.
+    pub fn any(&self) -> Option<Arc<WorkerClient>> {
+        self.slots.iter().find_map(|slot| slot.live.borrow().as_ref().map(|live| live.link.clone()))
+    }
+}
+
+/// Where a role keeps what signs of life say.
+#[derive(Debug, Clone, Default)]
+pub struct SlotFacts(SharedFacts);
+
+impl SlotFacts {
+    /// Takes what a sign of life says.
+    pub fn heard(&self, pong: &grail_ipc::messages::Pong) {
+        self.0.heard(pong);
+    }
+}
+
+impl<L: WorkerLink> Workers<L> {
+    /// Starts `count` slots, each with what `role` makes for it.
+    #[must_use]
+    pub fn start_with<R: Role<Link = Arc<L>>>(
+        count: u32,
+        limits: &SlotLimits,
+        target: Target,
+        observers: &Observers,
+        role: impl Fn(SlotId, watch::Receiver<Target>, SlotFacts) -> R,
+    ) -> Self {
         let (target, _) = watch::channel(target);
-        let slots = (0..settings.slots)
-            .map(|number| Slot::start(SlotId(number), settings, runtime, target.subscribe(), observers))
+        let slots: Vec<Slot<L>> = (0..count)
+            .map(|number| {
+                let (id, facts) = (SlotId(number), SharedFacts::default());
+                let role = role(id, target.subscribe(), SlotFacts(facts.clone()));
+                Slot::start(id, role, limits, facts, observers)
+            })
             .collect();
-        let workers = Self { slots, target, reload_limit: settings.reload_limit };
+        let workers = Self { slots, target, limits: limits.clone() };
         workers.report_to(observers);
         workers
     }
 
     /// Keeps the display's count of workers, and fails waiting proofs when no slot will come back.
     fn report_to(&self, observers: &Observers) {
-        let lives: Vec<_> = self.slots.iter().map(|slot| slot.live.clone()).collect();
-        let states: Vec<_> = self.slots.iter().map(|slot| slot.child.states()).collect();
+        let mut lives: Vec<_> = self.slots.iter().map(|slot| slot.live.clone()).collect();
+        let mut states: Vec<_> = self.slots.iter().map(|slot| slot.child.states()).collect();
         let observers = observers.clone();
         tokio::spawn(async move {
-            let mut lives = lives;
-            let mut states = states;
             loop {
                 let ready = lives.iter().filter(|live| live.borrow().is_some()).count();
                 observers.progress.workers(ready, lives.len());
-                if states.iter().all(|state| matches!(*state.borrow(), State::GaveUp(_) | State::Dead)) {
+                // A slot that an operator emptied comes back when the operator says so: its work waits.
+                let is_lost =
+                    |state: &State| matches!(state, State::GaveUp(reason) if *reason != GiveUp::Quarantined);
+                if !states.is_empty() && states.iter().all(|state| is_lost(&state.borrow())) {
                     observers.queue.no_more_workers();
                 }
                 let changes = lives
@@ -114,51 +208,50 @@ impl Workers {
         });
     }
 
-    /// Waits until every slot is ready or has given up.
+    pub(super) fn controls(&self) -> Vec<SlotControl> {
+        let control = |slot: &Slot<L>| SlotControl {
+            id: slot.id,
+            child: slot.child.control(),
+            facts: slot.facts.clone(),
+        };
+        self.slots.iter().map(control).collect()
+    }
+
+    /// The slots as seen from outside.
+    #[must_use]
+    pub fn handle(&self, queue: &ProofQueue) -> FleetHandle {
+        let controls = Controls { slots: self.controls(), server: None };
+        FleetHandle { controls: Arc::new(Mutex::new(controls)), queue: queue.clone() }
+    }
+
+    /// Waits until every slot is ready or empty for good.
     ///
     /// # Errors
     /// [`FleetError::NoWorkers`] if none is ready; with the reason of the last one.
     pub async fn wait_ready(&self) -> Result<(), FleetError> {
-        let mut reason = None;
-        let mut ready = 0;
+        let mut settled = Vec::new();
         for slot in &self.slots {
-            match slot.settled().await {
-                Ok(_) => ready += 1,
-                Err(why) => reason = Some(why),
-            }
+            settled.push(slot.settled().await.map(drop));
         }
-        if ready == 0 {
-            return Err(FleetError::NoWorkers { reason: reason.unwrap_or_else(|| "no slot is configured".to_owned()) });
-        }
-        Ok(())
+        at_least_one(settled)
     }
 
-    /// Rolls slot after slot to `target`, while the others go on. A slot that cannot take it is started anew on it.
+    /// Rolls slot after slot to `target`, while the others go on. A slot that cannot take it is started anew on it; one that an
+    /// operator has emptied takes it when it is released.
     ///
     /// # Errors
     /// [`FleetError::NoWorkers`] if no slot has the weights afterwards.
     pub async fn roll(&self, target: Target) -> Result<(), FleetError> {
         self.target.send_replace(target.clone());
-        let mut reason = None;
-        let mut rolled = 0;
+        let mut rolled = Vec::new();
         for slot in &self.slots {
-            match slot.roll(&target, self.reload_limit).await {
-                Ok(()) => rolled += 1,
-                Err(why) => {
-                    tracing::error!(slot = %slot.id, reason = why, "A worker did not take the checkpoint.");
-                    reason = Some(why);
-                }
+            let result = slot.roll(&target, self.limits.reload).await;
+            if let Err(absent) = &result {
+                tracing::error!(slot = %slot.id, reason = absent.reason, "A worker did not take the checkpoint.");
             }
+            rolled.push(result);
         }
-        if rolled == 0 {
-            return Err(FleetError::NoWorkers { reason: reason.unwrap_or_default() });
-        }
-        Ok(())
-    }
-
-    /// A connection to any ready worker.
-    pub fn any(&self) -> Option<Arc<WorkerClient>> {
-        self.slots.iter().find_map(|slot| slot.live.borrow().as_ref().map(|live| live.client.clone()))
+        at_least_one(rolled)
     }
 
     /// Ends all workers and waits for their end.
@@ -167,97 +260,178 @@ impl Workers {
     }
 }
 
-impl Slot {
-    fn start(
+fn at_least_one(slots: Vec<Result<(), Absent>>) -> Result<(), FleetError> {
+    let is_good = |slot: &Result<(), Absent>| slot.as_ref().map_or_else(|absent| absent.is_wanted, |()| true);
+    if slots.iter().any(is_good) {
+        return Ok(());
+    }
+    let last = slots.into_iter().filter_map(Result::err).next_back();
+    let (reason, exit) =
+        last.map_or_else(|| ("no slot is configured".to_owned(), None), |absent| (absent.reason, absent.exit));
+    Err(FleetError::NoWorkers { reason, exit })
+}
+
+impl<L: WorkerLink> Slot<L> {
+    fn start<R: Role<Link = Arc<L>>>(
         id: SlotId,
-        settings: &WorkerSettings,
-        runtime: &RuntimeFolder,
-        target: watch::Receiver<Target>,
+        role: R,
+        limits: &SlotLimits,
+        facts: SharedFacts,
         observers: &Observers,
     ) -> Self {
-        let role = WorkerRole { slot: id, settings: settings.clone(), runtime: runtime.clone(), target, call: None };
         let policy = ChildPolicy {
             name: format!("worker-{id}"),
-            start_limit: settings.start_limit,
-            restart: RestartPolicy::default(),
+            start_limit: limits.start,
+            restart: limits.restart.clone(),
             stop: StopPlan::terminate(Duration::from_secs(5)),
+            kill: StopPlan::kill(),
             last_incarnation: 0,
+            jitter_seed: limits.jitter_seed.map(|seed| seed.wrapping_add(u64::from(id.0))),
         };
         let (child, events) = supervise(role, policy);
         let (publish, live) = watch::channel(None);
-        tokio::spawn(follow(id, events, publish, observers.clone()));
-        Self { id, child, live }
+        let follower = Follower {
+            slot: id,
+            control: child.control(),
+            facts: facts.clone(),
+            publish,
+            observers: observers.clone(),
+            limits: limits.clone(),
+        };
+        tokio::spawn(follower.run::<R>(events));
+        Self { id, child, live, facts }
     }
 
     /// The live worker, once there is one; the reason when there will be none.
-    async fn settled(&self) -> Result<Arc<LiveWorker>, String> {
+    async fn settled(&self) -> Result<Arc<LiveWorker<L>>, Absent> {
         let (mut states, mut live) = (self.child.states(), self.live.clone());
         loop {
             if let Some(worker) = live.borrow_and_update().clone() {
                 return Ok(worker);
             }
-            if let State::GaveUp(reason) = &*states.borrow_and_update() {
-                return Err(format!("slot {} was given up: {reason}", self.id));
+            match &*states.borrow_and_update() {
+                State::GaveUp(reason) => return Err(Absent::given_up(self.id, reason)),
+                State::Dead => return Err(Absent::ended(self.id)),
+                _ => {}
             }
             tokio::select! {
-                changed = states.changed() => if changed.is_err() { return Err("the slot has ended".to_owned()) },
-                changed = live.changed() => if changed.is_err() { return Err("the slot has ended".to_owned()) },
+                biased;
+                changed = live.changed() => if changed.is_err() { return Err(Absent::ended(self.id)) },
+                changed = states.changed() => if changed.is_err() { return Err(Absent::ended(self.id)) },
             }
         }
     }
 
-    async fn roll(&self, target: &Target, limit: Duration) -> Result<(), String> {
+    async fn roll(&self, target: &Target, limit: Duration) -> Result<(), Absent> {
         // A worker that is still starting may have read the old folder: it is rolled like the others once it is ready.
         let worker = self.settled().await?;
+        if worker.weights() == Some(target.weights) {
+            return Ok(());
+        }
         match worker.reload(target, limit).await {
             Ok(()) => return Ok(()),
             Err(reason) => tracing::warn!(slot = %self.id, reason, "Reload failed; starting the worker anew."),
         }
         let mut live = self.live.clone();
-        self.child.restart();
+        self.facts.change(|facts| facts.told_to_end = Some(worker.incarnation));
+        self.child.control().restart();
         // The old incarnation must be gone before the new one counts; that one reads the new folder when it starts.
         let gone = live.wait_for(|now| now.as_ref().is_none_or(|now| !Arc::ptr_eq(now, &worker))).await;
-        drop(gone.map_err(|_| "the slot has ended".to_owned())?);
+        drop(gone.map_err(|_| Absent::ended(self.id))?);
         let worker = self.settled().await?;
-        match worker.client.hello().weights {
+        match worker.weights() {
             Some(weights) if weights == target.weights => Ok(()),
-            other => Err(format!("slot {} came up with weights {other:?}", self.id)),
+            other => {
+                let reason = format!("slot {} came up with weights {other:?}", self.id);
+                Err(Absent { reason, exit: None, is_wanted: false })
+            }
         }
     }
 }
 
 /// Brings a slot's events to those who want to know.
-async fn follow(
+struct Follower<L: WorkerLink> {
     slot: SlotId,
-    mut events: mpsc::UnboundedReceiver<ChildEvent<Arc<WorkerClient>>>,
-    publish: watch::Sender<Option<Arc<LiveWorker>>>,
+    control: ChildControl,
+    facts: SharedFacts,
+    publish: watch::Sender<Option<Arc<LiveWorker<L>>>>,
     observers: Observers,
-) {
-    let note = |event| drop(observers.journal.send(event));
-    while let Some(event) = events.recv().await {
-        match event {
-            ChildEvent::Ready { incarnation, child, link } => {
-                note(Event::WorkerReady {
-                    slot: slot.0,
-                    pid: u32::try_from(child.pid()).unwrap_or_default(),
-                    epoch: incarnation.number,
-                });
-                let worker = Arc::new(LiveWorker { slot, client: link, child });
-                observers.queue.worker_ready(worker.clone());
-                publish.send_replace(Some(worker));
-            }
-            ChildEvent::Died { incarnation, cause, last_lines, .. } => {
-                observers.queue.worker_lost(slot);
-                publish.send_replace(None);
-                if cause != DeathCause::Requested {
-                    for line in last_lines.iter().rev().take(5).rev() {
-                        tracing::warn!(%slot, incarnation, line, "Last lines of the dead worker.");
-                    }
-                    note(Event::WorkerLost { slot: slot.0, epoch: incarnation, cause: cause.to_string() });
+    limits: SlotLimits,
+}
+
+impl<L: WorkerLink> Follower<L> {
+    async fn run<R: Role<Link = Arc<L>>>(self, mut events: Events<R>) {
+        while let Some(event) = events.recv().await {
+            match event {
+                ChildEvent::Started { incarnation, pid } => self.facts.change(|facts| {
+                    (facts.pid, facts.epoch, facts.weights) = (Some(pid), incarnation.number, None);
+                }),
+                ChildEvent::Ready { incarnation, link, .. } => self.ready(incarnation, link),
+                ChildEvent::Draining { .. } => self.drain(),
+                ChildEvent::Died { incarnation, cause, last_lines, .. } => self.died(incarnation, &cause, &last_lines),
+                ChildEvent::GaveUp(reason) if reason != GiveUp::Quarantined => {
+                    self.note(Event::WorkerGivenUp { slot: self.slot.0, reason: reason.to_string() });
                 }
+                _ => {}
             }
-            _ => {}
         }
+    }
+
+    fn note(&self, event: Event) {
+        drop(self.observers.journal.send(event));
+    }
+
+    fn ready(&self, incarnation: Incarnation, link: Arc<L>) {
+        let hello = link.hello();
+        self.facts.change(|facts| {
+            (facts.device, facts.weights) = (Some(hello.device.clone()), hello.weights);
+        });
+        self.note(Event::WorkerReady { slot: self.slot.0, pid: hello.pid, epoch: incarnation.number });
+        let worker = Arc::new(LiveWorker {
+            slot: self.slot,
+            incarnation: incarnation.number,
+            weights: Mutex::new(hello.weights),
+            link,
+            control: self.control.clone(),
+            facts: self.facts.clone(),
+            prove_limit: self.limits.prove,
+            out_of_memory: AtomicU32::new(0),
+            is_dead: AtomicBool::new(false),
+        });
+        self.observers.queue.worker_ready(Arc::new(worker.clone()));
+        self.publish.send_replace(Some(worker));
+    }
+
+    fn drain(&self) {
+        self.observers.queue.worker_lost(self.slot);
+        let Some(worker) = self.publish.borrow().clone() else { return self.control.drained() };
+        let (control, limit) = (self.control.clone(), self.limits.drain);
+        tokio::spawn(async move {
+            match tokio::time::timeout(limit, worker.link.drain()).await {
+                Ok(Ok(())) => tracing::info!(slot = %worker.slot, "Worker is drained."),
+                Ok(Err(error)) => tracing::warn!(slot = %worker.slot, error = with_causes(&error), "Drain failed."),
+                Err(_) => tracing::warn!(slot = %worker.slot, ?limit, "Worker did not drain in time."),
+            }
+            control.drained();
+        });
+    }
+
+    fn died(&self, incarnation: u64, cause: &DeathCause, last_lines: &[String]) {
+        self.observers.queue.worker_lost(self.slot);
+        if let Some(worker) = self.publish.send_replace(None) {
+            worker.is_dead.store(true, Ordering::Relaxed);
+        }
+        if *cause == DeathCause::Requested {
+            return;
+        }
+        self.facts.change(|facts| {
+            facts.deaths += 1;
+            facts.last_death = Some(cause.to_string());
+        });
+        for line in last_lines.iter().rev().take(5).rev() {
+            tracing::warn!(slot = %self.slot, incarnation, line, "Last lines of the dead worker.");
+        }
+        self.note(Event::WorkerLost { slot: self.slot.0, epoch: incarnation, cause: cause.to_string() });
     }
 }
 
@@ -268,14 +442,13 @@ struct WorkerRole {
     settings: WorkerSettings,
     runtime: RuntimeFolder,
     target: watch::Receiver<Target>,
-    /// How the incarnation that was described last is reached.
+    facts: SlotFacts,
+    /// How the incarnation that was started last is reached.
     call: Option<(PathBuf, Expected)>,
 }
 
-impl Role for WorkerRole {
-    type Link = Arc<WorkerClient>;
-
-    fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, Box<dyn std::error::Error + Send + Sync>> {
+impl WorkerRole {
+    fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, child::ChildDefect> {
         let name = format!("worker-{}", self.slot);
         let place = (self.slot, incarnation);
         let (spec, expected, socket) =
@@ -288,13 +461,22 @@ impl Role for WorkerRole {
             .arguments(["--device", &self.settings.device, "--dtype", self.settings.dtype])
             .arguments(["--threads".to_owned(), self.settings.threads.to_string()]))
     }
+}
+
+impl Role for WorkerRole {
+    type Process = Child;
+    type Link = Arc<WorkerClient>;
+
+    async fn start(&mut self, incarnation: Incarnation) -> Result<Child, StartError> {
+        Ok(grail_process::spawn(self.spec(incarnation)?).await?)
+    }
 
     fn ready(
         &mut self,
         _: Arc<Child>,
         _: Incarnation,
     ) -> impl Future<Output = Result<Self::Link, NotReady>> + Send + 'static {
-        let (call, limit) = (self.call.clone(), self.settings.start_limit);
+        let (call, limit) = (self.call.clone(), self.settings.limits.start);
         async move {
             let Some((socket, expected)) = call else {
                 return Err(NotReady(DeathCause::NotSpawned { detail: "it was never described".to_owned() }));
@@ -305,24 +487,58 @@ impl Role for WorkerRole {
             }
         }
     }
+
+    fn watch(&mut self, link: &Self::Link) -> impl Future<Output = DeathCause> + Send + 'static {
+        watch_worker(link.clone(), self.settings.limits.heartbeat, self.facts.clone())
+    }
+}
+
+/// Ends when the worker behind `link` gives no sign of life, or its connection is over.
+pub fn watch_worker<L: WorkerLink>(
+    link: Arc<L>,
+    heartbeat: Heartbeat,
+    facts: SlotFacts,
+) -> impl Future<Output = DeathCause> + Send + 'static {
+    let closed = {
+        let link = link.clone();
+        async move { link.closed().await }.boxed()
+    };
+    let ask = move || {
+        let link = link.clone();
+        async move { link.ping().await }.boxed()
+    };
+    heartbeat.watch(ask, closed, move |pong| facts.heard(&pong))
 }
 
 /// A worker that takes requests.
 #[derive(Debug)]
-pub struct LiveWorker {
+struct LiveWorker<L: WorkerLink> {
     slot: SlotId,
-    client: Arc<WorkerClient>,
-    child: Arc<Child>,
+    incarnation: u64,
+    weights: Mutex<Option<WeightsHash>>,
+    link: Arc<L>,
+    control: ChildControl,
+    facts: SharedFacts,
+    prove_limit: Duration,
+    /// Requests in a row for which its memory did not suffice.
+    out_of_memory: AtomicU32,
+    /// Its process is gone: what still arrives of it does not count.
+    is_dead: AtomicBool,
 }
 
-/// A proof that takes longer than this is given up, as the protocol's reference does.
-const PROVE_LIMIT: Duration = Duration::from_secs(600);
+/// A worker that runs out of memory this often in a row starts anew with a smaller budget.
+const MOST_OUT_OF_MEMORY: u32 = 2;
 
-impl LiveWorker {
+impl<L: WorkerLink> LiveWorker<L> {
+    fn weights(&self) -> Option<WeightsHash> {
+        *self.weights.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn reload(&self, target: &Target, limit: Duration) -> Result<(), String> {
-        let reload = self.client.reload(target.checkpoint, &target.folder, target.weights);
-        match tokio::time::timeout(limit, reload).await {
+        match tokio::time::timeout(limit, self.link.reload(target)).await {
             Ok(Ok(reloaded)) => {
+                *self.weights.lock().unwrap_or_else(PoisonError::into_inner) = Some(reloaded.weights);
+                self.facts.change(|facts| facts.weights = Some(reloaded.weights));
                 tracing::info!(slot = %self.slot, checkpoint = %target.checkpoint, weights = %reloaded.weights,
                     stall_us = reloaded.stall_us, "Worker has the checkpoint.");
                 Ok(())
@@ -331,36 +547,62 @@ impl LiveWorker {
             Err(_) => Err(format!("no answer within {limit:?}")),
         }
     }
+
+    async fn prove(&self, job: Arc<ProveJob>) -> Result<Proof, ProofError> {
+        let slot = self.slot;
+        match tokio::time::timeout(self.prove_limit, self.link.prove(job)).await {
+            Ok(Ok(_)) if self.is_dead.load(Ordering::Relaxed) => Err(self.lost(&LostConnection::PeerHungUp)),
+            Ok(Ok(group)) => {
+                self.out_of_memory.store(0, Ordering::Relaxed);
+                Ok(Proof { slot, group })
+            }
+            Ok(Err(RequestError::Failed(failed))) => Err(self.failed(failed)),
+            Ok(Err(RequestError::Lost(lost))) => Err(self.lost(&lost)),
+            // Its end is noticed, and another incarnation comes.
+            Ok(Err(error)) => Err(self.broken(DeathCause::ConnectionLost { detail: with_causes(&error) })),
+            Err(_) => Err(self.broken(DeathCause::RequestHung)),
+        }
+    }
+
+    fn failed(&self, failed: Failed) -> ProofError {
+        let Failed { severity, code, detail, .. } = failed;
+        match severity {
+            Severity::FatalForGroup => ProofError::Group { code, detail },
+            Severity::Retryable => {
+                if code == OUT_OF_MEMORY && self.out_of_memory.fetch_add(1, Ordering::Relaxed) + 1 >= MOST_OUT_OF_MEMORY {
+                    self.control.fault(self.incarnation, DeathCause::OutOfMemory);
+                }
+                ProofError::Declined { slot: self.slot, code, detail }
+            }
+            Severity::FatalForWorker if code == DEVICE_POISONED => self.broken(DeathCause::DevicePoisoned),
+            Severity::FatalForWorker => self.broken(DeathCause::Broken { detail: format!("{code}: {detail}") }),
+        }
+    }
+
+    /// The process is gone or going: whether the group is to blame depends on who ended it.
+    fn lost(&self, lost: &LostConnection) -> ProofError {
+        let blameless = self.facts.read().told_to_end == Some(self.incarnation);
+        ProofError::WorkerLost { slot: self.slot, cause: with_causes(lost), blameless }
+    }
+
+    fn broken(&self, cause: DeathCause) -> ProofError {
+        let text = cause.to_string();
+        self.control.fault(self.incarnation, cause);
+        ProofError::WorkerLost { slot: self.slot, cause: text, blameless: false }
+    }
 }
 
-impl Worker for LiveWorker {
+/// Codes of a worker's failures that say what is wrong with its device.
+const OUT_OF_MEMORY: &str = "out_of_memory";
+const DEVICE_POISONED: &str = "device_poisoned";
+
+impl<L: WorkerLink> Worker for Arc<LiveWorker<L>> {
     fn slot(&self) -> SlotId {
         self.slot
     }
 
     fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'static, Result<Proof, ProofError>> {
-        let (slot, client, child) = (self.slot, self.client.clone(), self.child.clone());
-        async move {
-            let cause = match tokio::time::timeout(PROVE_LIMIT, client.prove(&job)).await {
-                Ok(Ok(group)) => return Ok(Proof { slot, group }),
-                Ok(Err(RequestError::Failed(failed))) => match failed.severity {
-                    Severity::FatalForGroup => {
-                        return Err(ProofError::Group { code: failed.code, detail: failed.detail });
-                    }
-                    Severity::Retryable => {
-                        return Err(ProofError::Declined { slot, code: failed.code, detail: failed.detail });
-                    }
-                    Severity::FatalForWorker => format!("{}: {}", failed.code, failed.detail),
-                },
-                Ok(Err(error)) => with_causes(&error),
-                Err(_) => format!("no answer within {PROVE_LIMIT:?}"),
-            };
-            // Whatever is left of it must not keep the slot: its end is noticed, and another incarnation comes.
-            if let Err(error) = child.signal(Signal::SIGKILL) {
-                tracing::debug!(%slot, %error, "The lost worker is gone already.");
-            }
-            Err(ProofError::WorkerLost { slot, cause })
-        }
-        .boxed()
+        let worker = self.clone();
+        async move { worker.as_ref().prove(job).await }.boxed()
     }
 }

@@ -1,0 +1,157 @@
+//! What the fleet asks of a connection to a worker: the seam behind which a simulation stands.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use grail_ipc::jobs::{GroupProof, ProveJob};
+use grail_ipc::messages::{Hello, Pong, Reloaded};
+use grail_ipc::{LostConnection, RequestError, WorkerClient};
+use grail_process::cause::DeathCause;
+use grail_protocol::ids::{CheckpointWindow, WeightsHash};
+
+use crate::engine::with_causes;
+
+/// The weights that workers should have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    pub checkpoint: CheckpointWindow,
+    pub folder: PathBuf,
+    pub weights: WeightsHash,
+}
+
+/// A connection to one incarnation of a worker; it ends with the process.
+pub trait WorkerLink: fmt::Debug + Send + Sync + 'static {
+    /// What the worker said of itself when it was ready.
+    fn hello(&self) -> &Hello;
+
+    /// Proves one group.
+    fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'_, Result<GroupProof, RequestError>>;
+
+    /// Rolls to other weights.
+    fn reload<'l>(&'l self, target: &'l Target) -> BoxFuture<'l, Result<Reloaded, RequestError>>;
+
+    /// Asks for a sign of life.
+    fn ping(&self) -> BoxFuture<'_, Result<Pong, RequestError>>;
+
+    /// Waits until the worker has answered all that it accepted; it accepts nothing more.
+    fn drain(&self) -> BoxFuture<'_, Result<(), RequestError>>;
+
+    /// Waits for the end of the connection.
+    fn closed(&self) -> BoxFuture<'_, LostConnection>;
+}
+
+impl WorkerLink for WorkerClient {
+    fn hello(&self) -> &Hello {
+        Self::hello(self)
+    }
+
+    fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'_, Result<GroupProof, RequestError>> {
+        async move { Self::prove(self, &job).await }.boxed()
+    }
+
+    fn reload<'l>(&'l self, target: &'l Target) -> BoxFuture<'l, Result<Reloaded, RequestError>> {
+        Self::reload(self, target.checkpoint, &target.folder, target.weights).boxed()
+    }
+
+    fn ping(&self) -> BoxFuture<'_, Result<Pong, RequestError>> {
+        Self::ping(self).boxed()
+    }
+
+    fn drain(&self) -> BoxFuture<'_, Result<(), RequestError>> {
+        Self::drain(self).boxed()
+    }
+
+    fn closed(&self) -> BoxFuture<'_, LostConnection> {
+        Self::closed(self).boxed()
+    }
+}
+
+/// How signs of life are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// Pause between two of them.
+    pub every: Duration,
+    /// Time for the answer.
+    pub limit: Duration,
+}
+
+impl Default for Heartbeat {
+    /// An answer needs no computing; half a minute without one on a busy host means that there will be none.
+    fn default() -> Self {
+        Self { every: Duration::from_secs(5), limit: Duration::from_secs(30) }
+    }
+}
+
+impl Heartbeat {
+    /// Asks with `ask` until an answer stays away or the connection `closed`; `heard` gets the answers.
+    pub async fn watch<T, E: std::error::Error + 'static>(
+        self,
+        ask: impl Fn() -> BoxFuture<'static, Result<T, E>>,
+        closed: BoxFuture<'static, LostConnection>,
+        heard: impl Fn(T),
+    ) -> DeathCause {
+        let beats = async {
+            loop {
+                tokio::time::sleep(self.every).await;
+                match tokio::time::timeout(self.limit, ask()).await {
+                    Ok(Ok(answer)) => heard(answer),
+                    Ok(Err(error)) => return DeathCause::ConnectionLost { detail: with_causes(&error) },
+                    Err(_) => return DeathCause::HeartbeatLost,
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            lost = closed => DeathCause::ConnectionLost { detail: with_causes(&lost) },
+            cause = beats => cause,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("nonsense")]
+    struct Nonsense;
+
+    async fn watch(answers: u32, then_nonsense: bool) -> (DeathCause, u32) {
+        let (asked, heard) = (Cell::new(0), Cell::new(0));
+        let ask = || {
+            asked.set(asked.get() + 1);
+            match asked.get() <= answers {
+                true => async { Ok(()) }.boxed(),
+                false if then_nonsense => async { Err(Nonsense) }.boxed(),
+                false => std::future::pending().boxed(),
+            }
+        };
+        let closed = std::future::pending().boxed();
+        let cause = Heartbeat::default().watch(ask, closed, |()| heard.set(heard.get() + 1)).await;
+        (cause, heard.get())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_stays_away_is_a_lost_heartbeat() {
+        assert_eq!(watch(3, false).await, (DeathCause::HeartbeatLost, 3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nonsense_is_a_lost_connection() {
+        let lost = DeathCause::ConnectionLost { detail: "nonsense".into() };
+        assert_eq!(watch(2, true).await, (lost, 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_closed_connection_is_noticed_without_a_beat() {
+        let closed = async { LostConnection::PeerHungUp }.boxed();
+        let ask = || async { Ok::<_, Nonsense>(()) }.boxed();
+        let cause = Heartbeat::default().watch(ask, closed, |()| ()).await;
+        assert_eq!(cause, DeathCause::ConnectionLost { detail: "peer hung up".into() });
+    }
+}

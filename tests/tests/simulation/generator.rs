@@ -1,0 +1,69 @@
+//! A generation server without a process: what it draws follows from the name of the request, so that the checks can repeat it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use grail_protocol::constants::CHALLENGE_K;
+use grail_protocol::ids::TokenId;
+use grail_supervisor::generation::{GenerationError, Generator, Sample};
+use tokio::time::Instant;
+
+use crate::schedule::derived;
+
+#[derive(Debug)]
+pub struct SimGenerator {
+    pub seed: u64,
+    pub eos_token: TokenId,
+    /// Percent of samples that fail.
+    pub bad_samples: u64,
+    /// Nothing is drawn in this time.
+    pub outage: Option<(Instant, Instant)>,
+    pub drawn: AtomicU64,
+}
+
+impl Generator for SimGenerator {
+    fn sample(&self, sample: Sample) -> BoxFuture<'_, Result<Vec<TokenId>, GenerationError>> {
+        async move {
+            let name = sample.rid.bytes().map(u64::from).collect::<Vec<_>>();
+            let attempt = self.drawn.fetch_add(1, Ordering::Relaxed);
+            let luck = derived(&[self.seed, 3, derived(&name), attempt]);
+            tokio::time::sleep(Duration::from_millis(1_000 + luck % 20_000)).await;
+            if let Some((from, until)) = self.outage
+                && (from..until).contains(&Instant::now())
+            {
+                tokio::time::sleep_until(until).await;
+            }
+            if luck / 32_768 % 1_000 < self.bad_samples {
+                let detail = "simulated".to_owned();
+                return Err(GenerationError::Unreadable { rid: sample.rid, detail });
+            }
+            Ok(completion(&sample.rid, self.eos_token))
+        }
+        .boxed()
+    }
+
+    fn abort_all(&self) -> BoxFuture<'_, ()> {
+        async {}.boxed()
+    }
+}
+
+/// What is drawn for the request `rid`.
+pub fn completion(rid: &str, eos_token: TokenId) -> Vec<TokenId> {
+    let name = derived(&rid.bytes().map(u64::from).collect::<Vec<_>>());
+    let length = CHALLENGE_K + usize::try_from(name % 8).unwrap();
+    // Printable characters of the demo's byte-level vocabulary.
+    let token = |position: usize| TokenId(20 + u32::try_from(derived(&[name, position as u64]) % 60).unwrap());
+    let mut tokens: Vec<TokenId> = (1..length).map(token).filter(|token| *token != eos_token).collect();
+    while tokens.len() < length - 1 {
+        tokens.push(TokenId(20));
+    }
+    tokens.push(eos_token);
+    tokens
+}
+
+/// Name of a request, as the miner makes it.
+pub fn request_name(window: u64, group: i64, rollout: usize) -> String {
+    format!("w{window}-g{group}-r{rollout}")
+}

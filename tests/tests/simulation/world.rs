@@ -1,0 +1,321 @@
+//! The miner's own parts on a simulated host.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use grail_environments::{Environment, EnvironmentId, Split, ThinkingMode};
+use grail_ipc::messages::SlotId;
+use grail_process::restart::RestartPolicy;
+use grail_protocol::gate::TimeGate;
+use grail_protocol::ids::{CheckpointWindow, WeightsHash, WindowStart};
+use grail_protocol::keys::{DEMO_HOTKEY_URI, Keypair};
+use grail_protocol::randomness;
+use grail_supervisor::chain::{Chain, LocalChain, LocalChainSettings};
+use grail_supervisor::checkpoints::CheckpointFiles;
+use grail_supervisor::clock::Clock;
+use grail_supervisor::demo::Demo;
+use grail_supervisor::engine::{Engine, EngineError, Limits, StopSignals};
+use grail_supervisor::environments::EnvironmentSource;
+use grail_supervisor::fleet::{FleetError, Heartbeat, Observers, SlotCommand, SlotLimits, Target, Workers};
+use grail_supervisor::group::WindowParts;
+use grail_supervisor::journal::{self, Event, Journal};
+use grail_supervisor::offload::Offload;
+use grail_supervisor::plan::WindowPlan;
+use grail_supervisor::progress::Progress;
+use grail_supervisor::proofs::ProofQueue;
+use grail_supervisor::store::WindowStore;
+use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::generator::SimGenerator;
+use crate::schedule::Schedule;
+use crate::store::SimStore;
+use crate::worker::{SimLink, SimRole};
+
+/// Far enough in the future that no real clock stamps anything later than a deadline.
+const BEGINNING: Duration = Duration::from_secs(4_102_444_800);
+const BLOCK: Duration = Duration::from_secs(12);
+/// How long an init system takes to start the supervisor again.
+const RESTART: Duration = Duration::from_secs(2);
+/// Lives after which a world is stuck.
+const MOST_LIVES: usize = 14;
+
+/// The windows that are mined, with the weights of each.
+pub const WINDOWS: [(u64, WeightsHash); 2] = [(3_000, WeightsHash(0xa)), (3_030, WeightsHash(0xb))];
+
+/// What all worlds share: the demo's data set, tokenizer and policy.
+pub struct Fixtures {
+    _folder: tempfile::TempDir,
+    pub demo: Demo,
+    pub files: CheckpointFiles,
+    pub environment: Arc<dyn Environment>,
+    pub signer: Arc<Keypair>,
+}
+
+pub fn fixtures() -> &'static Fixtures {
+    static FIXTURES: OnceLock<Fixtures> = OnceLock::new();
+    FIXTURES.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let demo = Demo::unpack(folder.path()).unwrap();
+        let files = CheckpointFiles::read(&demo.first).unwrap();
+        let split = Split::resolve(EnvironmentId::Gsm8k, None).unwrap();
+        let environment =
+            EnvironmentSource::new(demo.dataset_rows.clone()).open(EnvironmentId::Gsm8k, split).unwrap();
+        let signer = Arc::new(Keypair::from_uri(DEMO_HOTKEY_URI).unwrap());
+        Fixtures { _folder: folder, demo, files, environment, signer }
+    })
+}
+
+/// One simulated host, over all lives of its supervisor.
+pub struct World {
+    pub schedule: Schedule,
+    pub folder: tempfile::TempDir,
+    pub store: Arc<SimStore>,
+    now: SystemTime,
+    /// Lives that were killed.
+    pub crashes: usize,
+}
+
+impl World {
+    pub fn new(seed: u64) -> Self {
+        let schedule = Schedule::new(seed);
+        // In memory where that is possible: a simulation appends and syncs a great many records.
+        let memory = PathBuf::from("/dev/shm");
+        let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+        Self {
+            store: SimStore::new(&schedule.store),
+            schedule,
+            folder: folder.unwrap(),
+            now: SystemTime::UNIX_EPOCH + BEGINNING,
+            crashes: 0,
+        }
+    }
+
+    pub fn state_dir(&self) -> PathBuf {
+        self.folder.path().to_owned()
+    }
+
+    pub fn journal_text(&self) -> String {
+        std::fs::read_to_string(self.state_dir().join(journal::FILE)).unwrap_or_default()
+    }
+
+    /// Hash of all events with their times. What follows from the signatures is left out: they hold chance by design.
+    pub fn journal_hash(&self) -> String {
+        let mut hash = Sha256::new();
+        for line in self.journal_text().lines() {
+            let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+            if let Some(event) = line["event"].as_object_mut() {
+                event.remove("sha256");
+                event.remove("bytes");
+            }
+            hash.update(line.to_string());
+        }
+        hex::encode(hash.finalize())
+    }
+
+    /// One life of the supervisor after the other, until all windows are over.
+    pub fn live_through(&mut self) {
+        for life in 0..MOST_LIVES {
+            // Every life has a runtime of its own: a crash takes all its tasks with it.
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+            let limit = self.schedule.crashes.get(life).copied();
+            let (ended, lasted) = runtime.block_on(async {
+                let began = Instant::now();
+                let run = self.live(life);
+                let ended = match limit {
+                    Some(limit) => tokio::time::timeout(limit, run).await.ok(),
+                    None => Some(run.await),
+                };
+                (ended, began.elapsed())
+            });
+            drop(runtime);
+            self.now += lasted + RESTART;
+            match ended {
+                Some(Ok(())) => return,
+                // An init system starts the supervisor anew; it comes back for the next window.
+                Some(Err(EngineError::NoWorkers | EngineError::Fleet(FleetError::NoWorkers { .. }))) => {}
+                Some(Err(error)) => panic!("seed {}: life {life} ended with {error:?}", self.schedule.seed),
+                None => {
+                    self.crashes += 1;
+                    self.tear_spool(life);
+                }
+            }
+        }
+        panic!("seed {}: the supervisor does not come to an end", self.schedule.seed);
+    }
+
+    /// Leaves part of a record at the end of the newest spool, as a crash in mid-append does.
+    fn tear_spool(&self, life: usize) {
+        let bytes = self.schedule.torn_bytes[life];
+        let newest = WINDOWS.iter().rev().map(|(window, _)| {
+            grail_supervisor::spool::path_of(&self.state_dir().join("spool"), WindowStart::try_from(*window).unwrap())
+        });
+        if let Some(path) = newest.into_iter().find(|path| path.is_file()) {
+            let mut content = std::fs::read(&path).unwrap();
+            content.extend(std::iter::repeat_n(0x5a, bytes));
+            std::fs::write(&path, content).unwrap();
+        }
+    }
+
+    async fn live(&self, life: usize) -> Result<(), EngineError> {
+        let clock = Clock::starting_at(self.now);
+        let settings = LocalChainSettings { seed: Some("simulation".to_owned()), block_time: Some(BLOCK) };
+        let chain = Arc::new(LocalChain::open_or_start(&self.state_dir(), &settings, &clock).unwrap());
+        let (notes, mut events) = mpsc::unbounded_channel();
+        let mut journal_of_children = Journal::open(&self.state_dir(), clock.clone()).unwrap();
+        tokio::spawn(async move {
+            while let Some(event) = events.recv().await {
+                journal_of_children.record(event);
+            }
+        });
+        let observers =
+            Observers { queue: ProofQueue::start(), journal: notes, progress: Arc::new(Progress::default()) };
+        let mut engine = Engine {
+            chain: chain.clone(),
+            store: WindowStore::new(self.store.clone()),
+            spool_dir: self.state_dir().join("spool"),
+            windows_dir: self.state_dir().join("windows"),
+            limits: Limits {
+                open_groups: self.schedule.open_groups,
+                max_groups: self.schedule.max_groups,
+                max_file_bytes: 330 << 20,
+            },
+            gate: TimeGate::new(1).with_block_time(BLOCK),
+            journal: Journal::open(&self.state_dir(), clock.clone()).unwrap(),
+            clock: clock.clone(),
+            started: Instant::now(),
+        };
+        let mut workers: Option<Workers<SimLink>> = None;
+        for (window, weights) in WINDOWS {
+            let window = WindowStart::try_from(window).unwrap();
+            if self.is_uploaded(window) {
+                continue;
+            }
+            tokio::time::sleep_until(clock.instant_of(chain.expected_time(window.block()).await.unwrap())).await;
+            if chain.head().await.unwrap().block >= window.end() {
+                continue;
+            }
+            let target =
+                Target { checkpoint: checkpoint(window), folder: PathBuf::from("simulated"), weights };
+            let is_new = workers.is_none();
+            let workers = workers.get_or_insert_with(|| self.start_workers(life, target.clone(), &observers));
+            let fleet = async {
+                if is_new { workers.wait_ready().await } else { workers.roll(target.clone()).await }
+            };
+            let parts = self.parts(window, weights, &chain, &observers, &clock).await;
+            engine.run_window(Arc::new(parts), &StopSignals::default(), fleet).await?;
+        }
+        if let Some(workers) = workers {
+            workers.shut_down().await;
+        }
+        Ok(())
+    }
+
+    fn is_uploaded(&self, window: WindowStart) -> bool {
+        let events = journal::read(&self.state_dir()).unwrap_or_default();
+        events.iter().any(|event| matches!(event, Event::WindowUploaded { window: uploaded, .. } if *uploaded == window))
+    }
+
+    fn start_workers(&self, life: usize, target: Target, observers: &Observers) -> Workers<SimLink> {
+        let schedule = &self.schedule;
+        let heartbeat = Heartbeat { every: Duration::from_secs(5), limit: Duration::from_secs(15) };
+        let limits = SlotLimits {
+            start: Duration::from_secs(30),
+            reload: Duration::from_secs(20),
+            prove: Duration::from_secs(60),
+            drain: Duration::from_secs(30),
+            heartbeat,
+            restart: RestartPolicy::default(),
+            jitter_seed: Some(schedule.seed),
+        };
+        let role = |slot: SlotId, target, facts| SimRole {
+            seed: schedule.seed,
+            slot,
+            target,
+            facts,
+            heartbeat,
+            faults: (1..=8).map(|number| schedule.workers.get(&(life, slot.0, number)).copied()).collect(),
+        };
+        let workers = Workers::start_with(schedule.slots, &limits, target, observers, role);
+        for (when, slot, restarts) in
+            schedule.operator.iter().filter(|order| order.0 == life).map(|(_, when, slot, restarts)| (*when, *slot, *restarts))
+        {
+            let handle = workers.handle(&observers.queue);
+            tokio::spawn(async move {
+                tokio::time::sleep(when).await;
+                // Refused where it has no meaning at that time.
+                if restarts {
+                    drop(handle.command(SlotId(slot), SlotCommand::Restart));
+                } else {
+                    drop(handle.command(SlotId(slot), SlotCommand::Drain));
+                    tokio::time::sleep(Duration::from_secs(45)).await;
+                    drop(handle.command(SlotId(slot), SlotCommand::Release));
+                }
+            });
+        }
+        workers
+    }
+
+    async fn parts(
+        &self,
+        window: WindowStart,
+        weights: WeightsHash,
+        chain: &LocalChain,
+        observers: &Observers,
+        clock: &Clock,
+    ) -> WindowParts {
+        let fixtures = fixtures();
+        let window_hash = chain.block_hash(window.block()).await.unwrap();
+        let plan = WindowPlan {
+            window,
+            randomness: randomness::mix_miner(&window_hash, None),
+            window_hash,
+            hotkey: fixtures.signer.hotkey().clone(),
+            use_drand: false,
+            checkpoint: checkpoint(window),
+            model_dir: fixtures.demo.first.clone(),
+            weights,
+            model_name: "simulated".to_owned(),
+            environment: EnvironmentId::Gsm8k,
+            split: Split::resolve(EnvironmentId::Gsm8k, None).unwrap(),
+            thinking: ThinkingMode::Instructed,
+            sampling: fixtures.demo.generation,
+            dtype: "float32",
+            dataset_rows: fixtures.demo.dataset_rows.clone(),
+            deadline: chain.expected_time(window.end()).await.unwrap() - Duration::from_secs(4),
+        };
+        let outage = self.schedule.outage.map(|(after, lasts)| {
+            let from = Instant::now() + after;
+            (from, from + lasts)
+        });
+        WindowParts {
+            plan,
+            environment: fixtures.environment.clone(),
+            tokenizer: fixtures.files.tokenizer.clone(),
+            template: fixtures.files.template.clone(),
+            eos_token: fixtures.files.eos_token,
+            vocab_size: fixtures.files.vocab_size,
+            max_position_embeddings: fixtures.files.max_position_embeddings,
+            max_model_len: fixtures.files.max_position_embeddings,
+            generator: Arc::new(SimGenerator {
+                seed: self.schedule.seed,
+                eos_token: fixtures.files.eos_token,
+                bad_samples: self.schedule.bad_samples,
+                outage,
+                drawn: AtomicU64::new(0),
+            }),
+            prover: Arc::new(observers.queue.clone()),
+            signer: fixtures.signer.clone(),
+            progress: observers.progress.clone(),
+            clock: clock.clone(),
+            offload: Offload::Here,
+        }
+    }
+}
+
+pub fn checkpoint(window: WindowStart) -> CheckpointWindow {
+    CheckpointWindow(window.block().0 - 30)
+}
