@@ -6,6 +6,7 @@
 //! of all our binaries.
 
 pub mod cause;
+pub mod causes;
 mod child;
 pub mod environment;
 pub mod exit;
@@ -19,6 +20,7 @@ pub mod supervised;
 pub mod sweep;
 
 pub use cause::{DeathCause, Disposition, ExitCause};
+pub use causes::with_causes;
 pub use child::{Child, Exit, SignalError, StopPlan, StopStep, StopTarget, Unkillable, become_subreaper, spawn};
 pub use environment::Environment;
 pub use exit::ExitCode;
