@@ -7,6 +7,7 @@
 
 pub mod cause;
 pub mod causes;
+pub mod cgroup;
 mod child;
 pub mod environment;
 pub mod exit;
