@@ -12,6 +12,7 @@ mod child;
 pub mod environment;
 pub mod exit;
 pub mod logs;
+pub mod placement;
 mod pre_exec;
 pub mod restart;
 mod spawner;
