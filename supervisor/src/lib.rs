@@ -14,6 +14,7 @@ pub mod engine;
 pub mod environments;
 pub mod fleet;
 pub mod generation;
+pub mod gpus;
 pub mod group;
 pub mod journal;
 pub mod miner;
