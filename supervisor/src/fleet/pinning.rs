@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     /// What a child sees of itself, a line each.
-    const SCRIPT: &str = r#"echo "${CUDA_VISIBLE_DEVICES-unset}"; echo "$CUDA_DEVICE_ORDER"; cat /proc/self/oom_score_adj
+    const SCRIPT: &str = r#"echo "sees [${CUDA_VISIBLE_DEVICES-unset}]"; echo "$CUDA_DEVICE_ORDER"; cat /proc/self/oom_score_adj
         ulimit -Hc; ulimit -Sn; grep 'Max locked memory' /proc/self/limits | tr -s ' '
         grep Cpus_allowed_list /proc/self/status"#;
 
@@ -122,14 +122,14 @@ mod tests {
         let allowed = format!("Cpus_allowed_list:\t{cpu}");
         assert_eq!(
             seen(|spec| apply(spec, &pin)).await,
-            ["GPU-8932f937", "PCI_BUS_ID", "500", "0", &files, &locked, &allowed]
+            ["sees [GPU-8932f937]", "PCI_BUS_ID", "500", "0", &files, &locked, &allowed]
         );
     }
 
     #[tokio::test]
     async fn a_worker_on_the_cpu_sees_no_gpu() {
         let lines = seen(|spec| apply(spec, &SlotPin::cpu(Vec::new()))).await;
-        assert_eq!(lines[..3], ["", "PCI_BUS_ID", "500"]);
+        assert_eq!(lines[..3], ["sees []", "PCI_BUS_ID", "500"]);
         let own = std::fs::read_to_string("/proc/self/status").unwrap();
         assert!(own.lines().any(|line| line == lines[6]), "all of ours: {lines:?}");
     }
@@ -143,7 +143,7 @@ mod tests {
     #[tokio::test]
     async fn the_launcher_keeps_the_gpus_and_dies_after_the_workers() {
         let lines = seen(apply_to_launcher).await;
-        assert_eq!(lines[..3], ["0,1,2,3", "PCI_BUS_ID", "300"]);
+        assert_eq!(lines[..3], ["sees [0,1,2,3]", "PCI_BUS_ID", "300"]);
         const { assert!(LAUNCHER_OOM_SCORE < WORKER_OOM_SCORE) };
     }
 }
