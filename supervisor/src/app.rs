@@ -13,8 +13,8 @@ use crate::commands::local::LocalSettings;
 use crate::commands::verify::{FileOptions, JudgeSettings};
 use crate::commands::{CommandError, mine, verify};
 use crate::config::{Config, ConfigError, FlagValue, Inputs, Mode, Origin, env_example};
-use crate::engine::with_causes;
 use crate::verify::table;
+use grail_process::with_causes;
 
 /// Groups of a window in the embedded default, unless configured: what a demonstration needs, in a few seconds.
 pub const LOCAL_MAX_GROUPS: u32 = 24;
@@ -84,7 +84,6 @@ fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
         use_drand: !args.no_drand,
         trainer: !args.no_trainer,
         workers: config.proof.cpu_workers.value,
-        worker_device: "cpu".to_owned(),
         open_groups: generation.groups_per_batch.value.map(size),
         max_groups: size(max_groups),
         max_file_bytes: limits.max_file_bytes.value,
@@ -106,11 +105,7 @@ fn child_variables(config: &Config) -> Vec<(&'static str, String)> {
 }
 
 fn judge_settings(config: &Config) -> JudgeSettings {
-    JudgeSettings {
-        device: "cpu".to_owned(),
-        runtime_base: config.folders.runtime.value.clone(),
-        variables: child_variables(config),
-    }
+    JudgeSettings { runtime_base: config.folders.runtime.value.clone(), variables: child_variables(config) }
 }
 
 /// The embedded default keeps its world apart from a real miner's, unless a folder was named.

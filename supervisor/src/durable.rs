@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
 
+pub use grail_checkpoint::durable::sync_folder;
 use serde::Serialize;
 
 /// Replaces `path` by `bytes` so that a crash at any instruction leaves the old or the new content.
@@ -33,14 +34,6 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
     let mut text = serde_json::to_vec_pretty(value)?;
     text.push(b'\n');
     write(path, &text)
-}
-
-/// Makes names that were created in or removed from `folder` survive a power loss.
-///
-/// # Errors
-/// What the file system says.
-pub fn sync_folder(folder: &Path) -> io::Result<()> {
-    File::open(folder)?.sync_all()
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {

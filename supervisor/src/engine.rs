@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use grail_process::with_causes;
 use grail_protocol::constants::ROLLOUTS_PER_PROBLEM;
 use grail_protocol::gate::TimeGate;
 use grail_protocol::ids::{BlockNumber, GroupIndex, WindowStart};
@@ -428,18 +429,6 @@ impl Engine {
             }
         }
     }
-}
-
-/// An error and its causes on one line.
-pub fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// Automatic number of open groups: enough to keep the server's batch full while proofs and signatures run behind it.

@@ -98,10 +98,7 @@ pub async fn run(parts: Arc<WindowParts>, group: GroupIndex, block: BlockNumber)
     drop(stage);
     // Thirty-two signatures and the hashes of sixteen rollouts: milliseconds that the event loop should not wait for.
     let offload = parts.offload;
-    offload
-        .run(move || sign(&parts, group, block, &generated, &proof, &evaluations))
-        .await
-        .map_err(Dropped::Signing)
+    offload.run(move || sign(&parts, group, block, &generated, &proof, &evaluations)).await.map_err(Dropped::Signing)
 }
 
 async fn generate(parts: &WindowParts, group: GroupIndex) -> Result<Generated, Dropped> {

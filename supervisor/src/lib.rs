@@ -15,6 +15,7 @@ pub mod engine;
 pub mod environments;
 pub mod fleet;
 pub mod generation;
+pub mod gpus;
 pub mod group;
 pub mod journal;
 pub mod miner;

@@ -12,7 +12,7 @@ use grail_protocol::keys::Keypair;
 use crate::beacon::Beacon;
 use crate::chain::{Chain, ChainError, Head};
 use crate::checkpoints::{CheckpointError, Checkpoints, ReadyCheckpoint};
-use crate::engine::{Engine, EngineError, Outcome, StopSignals, with_causes};
+use crate::engine::{Engine, EngineError, Outcome, StopSignals};
 use crate::environments::{EnvironmentSource, SourceError};
 use crate::fleet::{Fleet, FleetError};
 use crate::generation::Generator;
@@ -23,6 +23,7 @@ use crate::plan::WindowPlan;
 use crate::progress::Progress;
 use crate::spool::{self, SpoolError};
 use crate::state::{StateDir, StateError, WindowRandomness};
+use grail_process::with_causes;
 
 /// A miner that cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -163,11 +164,7 @@ impl Miner {
     }
 
     /// Waits for a window after `done`; `None` when told to stop.
-    async fn next_window(
-        &self,
-        done: Option<WindowStart>,
-        stop: &StopSignals,
-    ) -> Result<Option<Head>, ChainError> {
+    async fn next_window(&self, done: Option<WindowStart>, stop: &StopSignals) -> Result<Option<Head>, ChainError> {
         loop {
             if let Some(step) = self.engine.clock.resync() {
                 tracing::warn!(?step, "The system's clock was set.");

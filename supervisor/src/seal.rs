@@ -90,7 +90,7 @@ pub fn seal(mut groups: Vec<SpooledGroup>, parts: &WindowParts) -> Result<Sealed
 fn group_of(problem: &Problem) -> Option<i64> {
     match problem {
         Problem::Row { group, .. } => *group,
-        Problem::Advantages(group) => Some(*group),
+        Problem::Group { group, .. } => Some(*group),
         _ => None,
     }
 }

@@ -52,7 +52,12 @@ impl WindowStore {
     ///
     /// # Errors
     /// If the object is not there, not whole or not in time.
-    pub async fn put_confirmed(&self, key: &Key, content: Bytes, (deadline, limit): (SystemTime, Instant)) -> Result<(), UploadError> {
+    pub async fn put_confirmed(
+        &self,
+        key: &Key,
+        content: Bytes,
+        (deadline, limit): (SystemTime, Instant),
+    ) -> Result<(), UploadError> {
         let sent = content.len() as u64;
         // A put that ends late would replace an object that was in time, so nothing runs on behind the deadline.
         let put = || async {
@@ -95,7 +100,7 @@ async fn with_retries<T, F: Future<Output = Result<T, UploadError>>>(
     for pause in BACK_OFF {
         match attempt().await {
             Ok(done) => return Ok(done),
-            Err(error) => tracing::warn!(error = crate::engine::with_causes(&error), "The store failed; trying again."),
+            Err(error) => tracing::warn!(error = grail_process::with_causes(&error), "The store failed; trying again."),
         }
         tokio::time::sleep(pause).await;
     }

@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use grail_process::with_causes;
 use grail_text::Tokenizer;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -23,7 +24,7 @@ use super::engine::Engine;
 use super::http::{App, Phase, router};
 use super::limits::Limits;
 use super::scheduler::{Bounds, SPARE_SLOTS, Scheduler};
-use super::serving::{Current, Fixed, Loaded, Loader, Serving, with_causes};
+use super::serving::{Current, Fixed, Loaded, Loader, Serving};
 use super::torch::{self, DecoderOptions};
 use grail_gen_launcher::folder::CheckpointFolder;
 

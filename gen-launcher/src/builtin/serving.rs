@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use grail_ipc::generate_api::{UpdateWeightsRequest, UpdateWeightsResponse};
+use grail_process::with_causes;
 use grail_protocol::ids::TokenId;
 use grail_text::Tokenizer;
 use tokio::sync::oneshot;
@@ -436,12 +437,6 @@ impl Serving {
         let joined = tokio::task::spawn_blocking(compute).await;
         joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
     }
-}
-
-/// An error and its sources in one line.
-pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 struct Admitted {

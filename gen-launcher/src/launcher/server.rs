@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use grail_ipc::messages::{ServerEpoch, ServerPhase, ServerSpec};
-use grail_process::{Child, Exit, ExitCause, Signal, StopPlan, StopTarget, Unkillable};
+use grail_process::{Child, Exit, ExitCause, Signal, StopPlan, StopTarget, Unkillable, with_causes};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -422,10 +422,4 @@ pub(super) fn describe(cause: ExitCause) -> String {
 fn vocab_size(folder: &CheckpointFolder) -> usize {
     // A configuration without it was refused by the server.
     folder.count("vocab_size").unwrap_or_default()
-}
-
-/// An error and its sources in one line.
-pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

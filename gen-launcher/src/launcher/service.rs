@@ -14,14 +14,14 @@ use grail_ipc::messages::{
 };
 use grail_ipc::socket::{Folder, Listener, SocketError};
 use grail_ipc::{Connection, ConnectionError, Token};
-use grail_process::{Exit, ExitCause};
+use grail_process::{Exit, ExitCause, with_causes};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::args::{Look, ServeArgs};
 use super::command::PhaseSink;
-use super::server::{Context, Server, StopError, describe, with_causes};
+use super::server::{Context, Server, StopError, describe};
 
 /// How long a peer may take to say who it is.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);

@@ -4,8 +4,11 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Makes the entries of `folder` durable.
-pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
+/// Makes names that were created in or removed from `folder` survive a power loss.
+///
+/// # Errors
+/// What the file system says.
+pub fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 

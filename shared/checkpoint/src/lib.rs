@@ -12,7 +12,7 @@
 //! Nothing here holds weights in memory: objects stream to disk while they are hashed, with a cap per object.
 
 pub mod cache;
-mod durable;
+pub mod durable;
 pub mod install;
 pub mod layout;
 pub mod manifest;

@@ -23,8 +23,9 @@ use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
 use crate::cause::ExitCause;
+use crate::cgroup::{Leaf, Memory};
 use crate::logs::{Log, Stream};
-use crate::pre_exec::{self, Preparation};
+use crate::pre_exec::{self, NodeMask, Preparation};
 use crate::spawner;
 use crate::spec::{ChildSpec, Output, SpawnError, Stdin};
 use crate::sweep::Family;
@@ -32,6 +33,10 @@ use crate::sweep::Family;
 /// How long the rest of a family may take to die, and the rest of a log to arrive.
 const SWEEP_LIMIT: Duration = Duration::from_secs(5);
 const LOG_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long a control group may stay busy after its last process has ended, and how often it is looked at.
+const REMOVAL_LIMIT: Duration = Duration::from_secs(1);
+const REMOVAL_PAUSE: Duration = Duration::from_millis(5);
 
 /// How long a process may take to end after SIGKILL.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
@@ -136,6 +141,7 @@ struct Pipes {
 struct Leader {
     pid: Pid,
     is_reaped: Mutex<bool>,
+    cgroup: Option<Arc<Leaf>>,
 }
 
 impl Leader {
@@ -159,9 +165,12 @@ impl Leader {
         }
     }
 
-    /// Ends leader and group without waiting.
+    /// Ends leader, group and control group without waiting.
     fn kill_all(&self) {
         self.while_ours(|pid| killpg(pid, Signal::SIGKILL)).unwrap_or_default();
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.kill();
+        }
     }
 }
 
@@ -186,7 +195,8 @@ pub async fn spawn(spec: ChildSpec) -> Result<Child, SpawnError> {
     let mut process = started.map_err(|source| SpawnError::Exec { program: program.clone(), source })?;
     // A pid always fits.
     let pid = Pid::from_raw(i32::try_from(process.id()).unwrap_or(i32::MAX));
-    let leader = Arc::new(Leader { pid, is_reaped: Mutex::new(false) });
+    let cgroup = spec.cgroup.map(Arc::new);
+    let leader = Arc::new(Leader { pid, is_reaped: Mutex::new(false), cgroup: cgroup.clone() });
     // Whatever fails from here on must not leave the process behind.
     let guard = KillGuard(Arc::clone(&leader));
     let watch =
@@ -206,7 +216,7 @@ pub async fn spawn(spec: ChildSpec) -> Result<Child, SpawnError> {
     }
     debug!(child = %spec.name, %pid, "Started a child.");
 
-    let family = Family { leader: pid, marker: spec.marker };
+    let family = Family { leader: pid, marker: spec.marker, cgroup };
     let (publish, exit) = watch::channel(None);
     tokio::spawn(see_through(watch, guard, family.clone(), readers, publish));
     Ok(Child { name: spec.name, leader, exit, log, pipes: Mutex::new(pipes), family })
@@ -295,6 +305,19 @@ impl Child {
         self.family.members().into_iter().map(Pid::as_raw).collect()
     }
 
+    /// Memory of it and all that it has started; the last reading once it has ended. `None` without a control group.
+    #[must_use]
+    pub fn memory(&self) -> Option<Memory> {
+        self.leader.cgroup.as_ref().map(|cgroup| cgroup.memory())
+    }
+
+    /// Whether the kernel has killed it, or anything that it has started, because memory ran out. Only control groups with a
+    /// memory account tell; without one the answer is no.
+    #[must_use]
+    pub fn was_oom_killed(&self) -> bool {
+        self.leader.cgroup.as_ref().is_some_and(|cgroup| cgroup.was_oom_killed())
+    }
+
     /// The writing end of its standard input, once, if the spec asked for a pipe.
     ///
     /// # Errors
@@ -357,8 +380,23 @@ async fn see_through(
         }
     }
     guard.0.reap();
+    if let Some(cgroup) = &family.cgroup {
+        remove(cgroup).await;
+    }
     debug!(pid = %family.leader, %cause, killed = swept.killed, "A child has ended.");
     publish.send_replace(Some(Exit { cause, killed: swept.killed, survivors: swept.survivors }));
+}
+
+/// Removes an empty control group; the kernel may count the dead for a moment.
+async fn remove(cgroup: &Leaf) {
+    let removal = async {
+        while cgroup.remove().is_err() {
+            tokio::time::sleep(REMOVAL_PAUSE).await;
+        }
+    };
+    if tokio::time::timeout(REMOVAL_LIMIT, removal).await.is_err() {
+        warn!(folder = %cgroup.folder().display(), "A control group stays behind until the next start.");
+    }
 }
 
 /// Tells when a process has ended, without reaping it.
@@ -449,10 +487,18 @@ fn command(spec: &ChildSpec) -> Result<Command, SpawnError> {
         limits,
         oom_score_adjustment: spec.oom_score_adjustment.map(|score| score.clamp(-1_000, 1_000).to_string()),
         cpus: cpu_set(spec)?,
+        preferred_nodes: spec.numa_node.and_then(NodeMask::only),
+        entrance: entrance(spec),
         inherited: spec.inherited.iter().map(AsRawFd::as_raw_fd).collect(),
     };
     pre_exec::install(&mut command, preparation);
     Ok(command)
+}
+
+/// The way into the child's control group; without it the child runs outside.
+fn entrance(spec: &ChildSpec) -> Option<std::fs::File> {
+    let opened = spec.cgroup.as_ref()?.entrance();
+    opened.inspect_err(|error| warn!(child = %spec.name, %error, "A child cannot enter its control group.")).ok()
 }
 
 fn cpu_set(spec: &ChildSpec) -> Result<Option<CpuSet>, SpawnError> {

@@ -6,10 +6,13 @@
 //! of all our binaries.
 
 pub mod cause;
+pub mod causes;
+pub mod cgroup;
 mod child;
 pub mod environment;
 pub mod exit;
 pub mod logs;
+pub mod placement;
 mod pre_exec;
 pub mod restart;
 mod spawner;
@@ -19,6 +22,7 @@ pub mod supervised;
 pub mod sweep;
 
 pub use cause::{DeathCause, Disposition, ExitCause};
+pub use causes::with_causes;
 pub use child::{Child, Exit, SignalError, StopPlan, StopStep, StopTarget, Unkillable, become_subreaper, spawn};
 pub use environment::Environment;
 pub use exit::ExitCode;
@@ -27,5 +31,6 @@ pub use nix::sys::resource::Resource;
 pub use nix::sys::signal::Signal;
 pub use spec::{ChildSpec, Grouping, Limit, Marker, Output, SpawnError, Stdin};
 pub use supervised::{
-    ChildControl, ChildEvent, ChildPolicy, Events, Incarnation, NotReady, Process, Role, StartError, Supervised, supervise,
+    ChildControl, ChildEvent, ChildPolicy, Events, Incarnation, NotReady, Process, Role, StartError, Supervised,
+    supervise,
 };

@@ -4,6 +4,7 @@
 //! that needs memory is prepared before.
 
 use std::ffi::CStr;
+use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
@@ -29,6 +30,23 @@ const FIRST_OTHER_DESCRIPTOR: libc::c_uint = 3;
 /// Signals whose handling must not come from us: an ignored signal stays ignored across exec.
 const RESET_SIGNALS: [Signal; 5] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP, Signal::SIGCHLD];
 
+/// Bits of one word of a [`NodeMask`].
+const WORD_BITS: u32 = libc::c_ulong::BITS;
+
+/// NUMA nodes as the kernel takes them, one bit each; it knows 1024 at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct NodeMask([libc::c_ulong; 1024 / WORD_BITS as usize]);
+
+impl NodeMask {
+    /// Only `node`; `None` if no kernel knows that many.
+    pub(crate) fn only(node: u32) -> Option<Self> {
+        let mut mask = Self([0; 1024 / WORD_BITS as usize]);
+        let word = mask.0.get_mut(usize::try_from(node / WORD_BITS).ok()?)?;
+        *word = 1 << (node % WORD_BITS);
+        Some(mask)
+    }
+}
+
 /// Everything that the child does to itself, prepared.
 #[derive(Debug)]
 pub(crate) struct Preparation {
@@ -38,6 +56,9 @@ pub(crate) struct Preparation {
     pub(crate) limits: Vec<(Resource, rlim_t, rlim_t)>,
     pub(crate) oom_score_adjustment: Option<String>,
     pub(crate) cpus: Option<CpuSet>,
+    pub(crate) preferred_nodes: Option<NodeMask>,
+    /// The file by which a control group is entered.
+    pub(crate) entrance: Option<File>,
     pub(crate) inherited: Vec<RawFd>,
 }
 
@@ -70,11 +91,20 @@ impl Preparation {
                 return Err(Errno::ESRCH);
             }
         }
+        if let Some(entrance) = &self.entrance {
+            // 0 is whoever writes. First of all that may take memory, so that it is accounted for; to go without is no reason
+            // to fail.
+            write(entrance, b"0").unwrap_or_default();
+        }
         for (resource, soft, hard) in &self.limits {
             setrlimit(*resource, *soft, *hard)?;
         }
         if let Some(cpus) = &self.cpus {
             sched_setaffinity(Pid::from_raw(0), cpus)?;
+        }
+        if let Some(nodes) = &self.preferred_nodes {
+            // Sandboxes refuse it, and so do kernels without NUMA; to go without is no reason to fail.
+            prefer_memory_of(nodes).unwrap_or_default();
         }
         if let Some(score) = &self.oom_score_adjustment {
             // A lower score needs privileges; to go without is no reason to fail.
@@ -95,6 +125,16 @@ impl Preparation {
 fn reset_handling(reset: Signal) -> Result<(), Errno> {
     // SAFETY: the default action is no code of ours that could run at a bad moment.
     unsafe { signal(reset, SigHandler::SigDfl) }.map(drop)
+}
+
+/// Has the memory of this process, also after exec, come from `nodes` as long as they have some.
+fn prefer_memory_of(nodes: &NodeMask) -> Result<(), Errno> {
+    // The kernel takes one bit less than it is told.
+    let bits = libc::c_ulong::from(WORD_BITS) * nodes.0.len() as libc::c_ulong + 1;
+    // SAFETY: the kernel reads `bits - 1` bits from the pointer, which is the whole of the mask; the mask lives through the
+    // call, which keeps no pointer to it.
+    let set = unsafe { libc::syscall(libc::SYS_set_mempolicy, libc::MPOL_PREFERRED, nodes.0.as_ptr(), bits) };
+    Errno::result(set).map(drop)
 }
 
 /// Marks every descriptor but the standard ones to be closed by exec. Marked, not closed: the standard library reports a failed

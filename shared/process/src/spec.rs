@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use nix::sys::resource::{RLIM_INFINITY, Resource, rlim_t};
 use nix::sys::signal::Signal;
 
+use crate::cgroup::Leaf;
 use crate::environment::Environment;
 use crate::logs::LogPolicy;
 
@@ -121,6 +122,10 @@ pub struct ChildSpec {
     pub oom_score_adjustment: Option<i16>,
     /// CPUs it may run on; empty = all of ours.
     pub cpus: Vec<usize>,
+    /// NUMA node that its memory comes from as long as there is some; what the kernel refuses is left out.
+    pub numa_node: Option<u32>,
+    /// Control group that it enters; what the kernel refuses is left out.
+    pub cgroup: Option<Leaf>,
     pub log: LogPolicy,
     pub marker: Option<Marker>,
     pub(crate) inherited: Vec<OwnedFd>,
@@ -143,6 +148,8 @@ impl ChildSpec {
             limits: vec![Limit::fixed(Resource::RLIMIT_CORE, 0)],
             oom_score_adjustment: None,
             cpus: Vec::new(),
+            numa_node: None,
+            cgroup: None,
             log: LogPolicy::default(),
             marker: None,
             inherited: Vec::new(),

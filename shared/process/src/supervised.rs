@@ -6,12 +6,14 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::{Instrument, error, info, info_span, warn};
 
-use crate::cause::DeathCause;
+use crate::cause::{DeathCause, ExitCause};
+use crate::causes::with_causes;
 use crate::child::{Child, Exit, StopPlan, Unkillable};
 use crate::restart::RestartPolicy;
 use crate::state::{Command, Event, GiveUp, Machine, State};
@@ -48,6 +50,9 @@ pub trait Process: fmt::Debug + Send + Sync + 'static {
 
     /// The last lines of its log, oldest first.
     fn last_lines(&self) -> Vec<String>;
+
+    /// Whether the kernel has killed it because memory ran out, if that is known.
+    fn was_oom_killed(&self) -> bool;
 }
 
 impl Process for Child {
@@ -65,6 +70,10 @@ impl Process for Child {
 
     fn last_lines(&self) -> Vec<String> {
         Self::last_lines(self)
+    }
+
+    fn was_oom_killed(&self) -> bool {
+        Self::was_oom_killed(self)
     }
 }
 
@@ -395,8 +404,10 @@ impl<R: Role> Keeper<R> {
         if let Life::Starting { ready, .. } = &self.life {
             ready.abort();
         }
+        let ran_out = matches!(exit.cause, ExitCause::Signal { signal: Signal::SIGKILL, .. })
+            && self.life.child().is_some_and(|child| child.was_oom_killed());
         self.life = Life::None;
-        let by_exit = DeathCause::Exit(exit.cause);
+        let by_exit = if ran_out { DeathCause::OutOfMemory } else { DeathCause::Exit(exit.cause) };
         let cause = self.machine.cause_of_death(by_exit.clone());
         let incarnation = self.machine.incarnation();
         if cause == DeathCause::Requested {
@@ -449,7 +460,7 @@ impl<R: Role> Keeper<R> {
 
     /// Starts a process, or gives the event of a start that failed.
     async fn spawn(&mut self, incarnation: Incarnation) -> Option<Event> {
-        match self.role.start(incarnation).await.map_err(|error| chain(&*error)) {
+        match self.role.start(incarnation).await.map_err(|error| with_causes(&*error)) {
             Ok(child) => {
                 let child = Arc::new(child);
                 info!(incarnation = incarnation.number, pid = child.pid(), "Child was started.");
@@ -514,16 +525,6 @@ async fn prefer_exit<P: Process>(child: &P, not_ready: NotReady) -> Result<NotRe
         Ok(exit) => Err(exit),
         Err(_) => Ok(not_ready),
     }
-}
-
-fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 /// Chance for the jitter of delays; nothing depends on its quality.

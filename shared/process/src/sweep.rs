@@ -1,11 +1,14 @@
-//! Finding and ending all that belongs to a child: its group, its session, and what carries its marker.
+//! Finding and ending all that belongs to a child: its group, its session, its control group, and what carries its marker.
 
+use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
+use crate::cgroup::Leaf;
 use crate::spec::Marker;
 
 /// First and longest pause between two looks at the process table.
@@ -18,6 +21,7 @@ pub struct Family {
     /// Pid of the leader, which is the number of its group and, where it has one, of its session.
     pub leader: Pid,
     pub marker: Option<Marker>,
+    pub cgroup: Option<Arc<Leaf>>,
 }
 
 /// What a sweep did.
@@ -64,17 +68,21 @@ impl Family {
 
     fn processes(&self) -> Vec<Process> {
         let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+        let inside = self.cgroup.as_ref().map(|cgroup| cgroup.members()).unwrap_or_default();
         entries
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
             .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
             // A process that ends meanwhile has no file any more.
             .filter_map(|name| Process::parse(&std::fs::read_to_string(format!("/proc/{name}/stat")).ok()?))
-            .filter(|process| process.pid != self.leader && self.owns(process))
+            .filter(|process| process.pid != self.leader && self.owns(process, &inside))
             .collect()
     }
 
-    fn owns(&self, process: &Process) -> bool {
-        process.group == self.leader || process.session == self.leader || self.is_marked(process.pid)
+    fn owns(&self, process: &Process, inside: &HashSet<Pid>) -> bool {
+        process.group == self.leader
+            || process.session == self.leader
+            || inside.contains(&process.pid)
+            || self.is_marked(process.pid)
     }
 
     fn is_marked(&self, pid: Pid) -> bool {
@@ -107,6 +115,10 @@ impl Family {
             }
             // One that has ended meanwhile is what was wanted.
             killpg(self.leader, Signal::SIGKILL).unwrap_or_default();
+            if let Some(cgroup) = &self.cgroup {
+                // All at once, so that none can start another meanwhile.
+                cgroup.kill();
+            }
             for process in &living {
                 if process.group != self.leader {
                     kill(process.pid, Signal::SIGKILL).unwrap_or_default();

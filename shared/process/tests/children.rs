@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use grail_process::{
     Child, ChildSpec, Environment, ExitCause, Grouping, Limit, LogPolicy, Marker, Output, Resource, Signal,
-    SignalError, SpawnError, Stdin, StopPlan, StopTarget, spawn,
+    SignalError, SpawnError, Stdin, StopPlan, StopTarget, become_subreaper, spawn,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
@@ -88,6 +88,55 @@ async fn the_environment_is_scrubbed() {
     assert!(std::env::vars_os().count() > 1, "there was something to scrub");
 }
 
+/// Variable by which this test program knows that it is started with secrets.
+const SECRETS_VARIABLE: &str = "GRAIL_TEST_WITH_SECRETS";
+
+/// No test by itself: the parent that [`no_secret_of_ours_reaches_a_child`] starts.
+#[tokio::test]
+async fn a_parent_with_secrets() {
+    if std::env::var_os(SECRETS_VARIABLE).is_none() {
+        return;
+    }
+    for (name, _) in SECRETS {
+        assert!(std::env::var_os(name).is_some(), "{name} is there to be inherited");
+    }
+    for environment in [Environment::harmless(), Environment::all_except(["EDITOR"]), Environment::only(["*"])] {
+        let (mut spec, lines) = shell("env");
+        spec.environment = environment;
+        for line in output(spec, &lines).await {
+            println!("child: {line}");
+        }
+    }
+}
+
+const SECRETS: [(&str, &str); 5] = [
+    ("R2_WRITE_SECRET_ACCESS_KEY", "hidden-1"),
+    ("R2_READ_ACCESS_KEY_ID", "hidden-2"),
+    ("WANDB_API_KEY", "hidden-3"),
+    ("HF_TOKEN", "hidden-4"),
+    ("BT_WALLET_COLD", "hidden-5"),
+];
+
+#[tokio::test]
+async fn no_secret_of_ours_reaches_a_child() {
+    let lines = Lines::default();
+    let sink = Arc::clone(&lines);
+    let mut spec = ChildSpec::new("parent", std::env::current_exe().unwrap()).arguments([
+        "--exact",
+        "a_parent_with_secrets",
+        "--nocapture",
+        "--test-threads=1",
+    ]);
+    spec.log = LogPolicy::to_sink(move |line| sink.lock().unwrap().push(line.text.to_owned()));
+    spec.environment.set(SECRETS_VARIABLE, "1");
+    for (name, value) in SECRETS {
+        spec.environment.set(name, value);
+    }
+    let lines = output(spec, &lines).await;
+    assert_eq!(lines.iter().filter(|line| line.contains("child: PWD=")).count(), 3, "{lines:?}");
+    assert_eq!(lines.iter().filter(|line| line.contains("hidden-")).collect::<Vec<_>>(), Vec::<&String>::new());
+}
+
 #[tokio::test]
 async fn only_chosen_descriptors_are_inherited() {
     let leaked = {
@@ -131,6 +180,23 @@ async fn limits_scores_and_cpus_reach_the_child() {
     let lines = output(spec, &lines).await;
     assert_eq!(lines[..3], ["0", "99", "700"]);
     assert_eq!(lines[3..], ["NoNewPrivs:\t1".to_owned(), format!("Cpus_allowed_list:\t{cpu}"), "/proc".to_owned()]);
+}
+
+#[tokio::test]
+async fn memory_comes_from_the_node_if_the_kernel_lets_it() {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let is_filtered = !status.lines().any(|line| line.split_whitespace().eq(["Seccomp:", "0"]));
+    let (mut spec, lines) = shell("head -n 1 /proc/self/numa_maps 2>/dev/null; echo ran");
+    spec.numa_node = Some(0);
+    let lines = output(spec, &lines).await;
+    assert_eq!(lines.last().unwrap(), "ran", "also where it is refused");
+    // A kernel without NUMA has no such file, and a sandbox may refuse the call.
+    let Some(map) = lines.iter().find(|line| line.contains(" default ") || line.contains(" prefer")) else { return };
+    assert!(map.contains(" prefer:0 ") || is_filtered, "{map}");
+
+    let (mut spec, lines) = shell("echo ran");
+    spec.numa_node = Some(1_000_000);
+    assert_eq!(output(spec, &lines).await, ["ran"], "a node that no kernel knows");
 }
 
 fn first_cpu() -> usize {
@@ -250,6 +316,21 @@ async fn who_left_the_group_is_found_by_the_marker() {
     let exit = child.stop(&StopPlan::kill()).await.unwrap();
     assert_eq!(exit.killed, 1);
     witness.all_gone().await;
+}
+
+#[tokio::test]
+async fn a_subreaper_becomes_the_parent_of_orphans() {
+    become_subreaper().unwrap();
+    // The orphan has left group and session; it writes the number of its new parent.
+    let orphan =
+        r#"parent() { cut -d" " -f4 /proc/$$/stat; }; while [ "$(parent)" = "$1" ]; do sleep 0.01; done; parent"#;
+    let (mut spec, _) = shell(r#"setsid sh -c "$1" sh $$ & exit 0"#);
+    let (write, mut report) = mpsc::unbounded_channel();
+    spec.log = LogPolicy::to_sink(move |line| write.send(line.text.to_owned()).unwrap_or_default());
+    let child = spawn(spec.arguments(["sh", orphan])).await.unwrap();
+    let parent = tokio::time::timeout(LONG, report.recv()).await.expect("the orphan writes").unwrap();
+    assert_eq!(parent, std::process::id().to_string());
+    assert_eq!(child.wait().await.cause, ExitCause::Code(0));
 }
 
 #[tokio::test]

@@ -24,10 +24,26 @@ pub fn advantages(rewards: &[f64]) -> Vec<f64> {
 /// tolerance. NaN never passes.
 #[must_use]
 pub fn are_consistent(claimed: &[f64], rewards: &[f64]) -> bool {
+    inconsistency(claimed, rewards).is_none()
+}
+
+/// What keeps the claimed advantages from being [consistent](are_consistent), with both numbers.
+#[must_use]
+pub fn inconsistency(claimed: &[f64], rewards: &[f64]) -> Option<String> {
     let recomputed = advantages(rewards);
-    claimed.len() == recomputed.len()
-        && python_sum(claimed.iter().copied()).abs() <= GRPO_ADV_SUM_TOLERANCE
-        && claimed.iter().zip(recomputed).all(|(claim, expected)| (claim - expected).abs() <= GRPO_ADV_TOLERANCE)
+    if claimed.len() != recomputed.len() {
+        return Some(format!("{} advantages for {} rewards", claimed.len(), recomputed.len()));
+    }
+    let is_close = |(claim, expected): (&f64, &f64)| (claim - expected).abs() <= GRPO_ADV_TOLERANCE;
+    if let Some(rollout) = claimed.iter().zip(&recomputed).position(|pair| !is_close(pair)) {
+        let (claim, expected) = (claimed[rollout], recomputed[rollout]);
+        return Some(format!(
+            "the advantage at {rollout} is {claim}, from the rewards {expected}; {GRPO_ADV_TOLERANCE} apart is allowed"
+        ));
+    }
+    let sum = python_sum(claimed.iter().copied()).abs();
+    let is_small = sum <= GRPO_ADV_SUM_TOLERANCE;
+    (!is_small).then(|| format!("the advantages sum to {sum}, at most {GRPO_ADV_SUM_TOLERANCE} is allowed"))
 }
 
 #[cfg(test)]
@@ -51,5 +67,14 @@ mod tests {
         assert!(!are_consistent(&exact[1..], &rewards));
         let all_shifted: Vec<f64> = exact.iter().map(|advantage| advantage + 0.000_9).collect();
         assert!(!are_consistent(&all_shifted, &rewards), "each is close, but the sum is 0.0144");
+        for (claimed, expected) in [
+            (shifted(3, 1.0), "the advantage at 3 is 0.74"),
+            (shifted(3, f64::NAN), "the advantage at 3 is NaN, from the rewards -0.25"),
+            (exact[1..].to_vec(), "15 advantages for 16 rewards"),
+            (all_shifted, "the advantages sum to 0.0144"),
+        ] {
+            let text = inconsistency(&claimed, &rewards).unwrap();
+            assert!(text.starts_with(expected), "{text}");
+        }
     }
 }

@@ -10,6 +10,8 @@ mod foreign;
 mod group_sampling;
 #[path = "window/mutations.rs"]
 mod mutations;
+#[path = "window/notes.rs"]
+mod notes;
 #[path = "window/round_trip.rs"]
 mod round_trip;
 #[path = "window/samples.rs"]

@@ -261,6 +261,9 @@ mod tests {
         std::fs::write(state.path().join(FILE), "{").unwrap();
         let error = LocalChain::open(state.path(), &Clock::system()).unwrap_err().to_string();
         assert!(error.contains(FILE), "{error}");
-        assert!(matches!(LocalChain::open(tempfile::tempdir().unwrap().path(), &Clock::system()), Err(LocalChainError::Absent { .. })));
+        assert!(matches!(
+            LocalChain::open(tempfile::tempdir().unwrap().path(), &Clock::system()),
+            Err(LocalChainError::Absent { .. })
+        ));
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use grail_checkpoint::{CheckpointCache, CheckpointStore};
 use grail_ipc::messages::Backend;
+use grail_process::cgroup::Delegation;
 use grail_process::restart::RestartPolicy;
 use grail_protocol::gate::TimeGate;
 use grail_protocol::keys::{DEMO_HOTKEY_URI, Keypair};
@@ -23,6 +24,7 @@ use crate::demo::Demo;
 use crate::engine::{Engine, Limits};
 use crate::environments::EnvironmentSource;
 use crate::fleet::{Fleet, FleetSettings, Heartbeat, ServerSettings, SlotLimits, WorkerSettings, sibling_program};
+use crate::gpus::cpu_pins;
 use crate::journal::{Event, Journal};
 use crate::miner::Miner;
 use crate::progress::Progress;
@@ -44,7 +46,6 @@ pub struct LocalSettings {
     /// Whether the demo checkpoints are published into the local store; without, it must hold some.
     pub trainer: bool,
     pub workers: u32,
-    pub worker_device: String,
     pub open_groups: Option<usize>,
     pub max_groups: usize,
     pub max_file_bytes: u64,
@@ -157,9 +158,13 @@ fn limits(settings: &LocalSettings) -> Limits {
 }
 
 fn fleet_settings(settings: &LocalSettings) -> Result<FleetSettings, CommandError> {
+    let delegation = Delegation::open(Path::new("/")).map(Arc::new);
     Ok(FleetSettings {
         runtime_dir: runtime_dir(&settings.runtime_base, "mine"),
-        workers: worker_settings(settings.workers, &settings.worker_device, &settings.child_variables)?,
+        workers: WorkerSettings {
+            delegation: delegation.clone(),
+            ..cpu_workers(settings.workers, &settings.child_variables)?
+        },
         server: ServerSettings {
             launcher: sibling_program("grail-gen-launcher")?,
             variables: settings.child_variables.clone(),
@@ -174,27 +179,25 @@ fn fleet_settings(settings: &LocalSettings) -> Result<FleetSettings, CommandErro
             request_limit: settings.server_timeout,
             heartbeat: Heartbeat::default(),
             restart: RestartPolicy::default(),
+            delegation,
         },
     })
 }
 
-/// Workers that share the host's cores evenly.
+/// Workers on the CPU that share the host's cores evenly.
 ///
 /// # Errors
 /// If the worker's program is missing.
-pub fn worker_settings(
-    slots: u32,
-    device: &str,
-    variables: &[(&'static str, String)],
-) -> Result<WorkerSettings, CommandError> {
+pub fn cpu_workers(slots: u32, variables: &[(&'static str, String)]) -> Result<WorkerSettings, CommandError> {
+    let slots = slots.max(1) as usize;
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     Ok(WorkerSettings {
         program: sibling_program("grail-proof-worker")?,
-        slots,
+        pins: cpu_pins(slots, Path::new("/")),
         variables: variables.to_vec(),
-        device: device.to_owned(),
-        dtype: if device == "cpu" { "float32" } else { "bfloat16" },
-        threads: (cores / slots.max(1) as usize).max(1),
+        dtype: "float32",
+        threads: (cores / slots).max(1),
         limits: SlotLimits::default(),
+        delegation: None,
     })
 }

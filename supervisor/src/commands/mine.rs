@@ -26,7 +26,7 @@ pub async fn local(settings: &LocalSettings, windows: Option<usize>) -> Result<S
         let chain = miner.chain.clone();
         tokio::spawn(async move {
             if let Err(error) = trainer.publish_second(chain).await {
-                tracing::error!(error = crate::engine::with_causes(&error), "The local trainer failed.");
+                tracing::error!(error = grail_process::with_causes(&error), "The local trainer failed.");
             }
         })
     });
@@ -47,7 +47,7 @@ pub async fn local(settings: &LocalSettings, windows: Option<usize>) -> Result<S
     let reason = match &result {
         Ok(_) if stop.is_stopping() => "told to stop".to_owned(),
         Ok(_) => "done".to_owned(),
-        Err(error) => crate::engine::with_causes(error),
+        Err(error) => grail_process::with_causes(error),
     };
     miner.engine.journal.record(Event::Stopped { reason });
     let runtime = local::runtime_dir(&settings.runtime_base, "mine");

@@ -22,6 +22,8 @@ use crate::verify::context::ContextError;
 #[non_exhaustive]
 pub enum CommandError {
     #[error(transparent)]
+    Gpus(#[from] crate::gpus::GpuError),
+    #[error(transparent)]
     State(#[from] StateError),
     #[error(transparent)]
     LocalChain(#[from] LocalChainError),
@@ -72,6 +74,7 @@ impl CommandError {
                 ExitCode::BadData
             }
             Self::State(_) => ExitCode::CannotWrite,
+            Self::Gpus(_) => ExitCode::Configuration,
             Self::LocalChain(error) => of_local_chain(error),
             Self::Chain(_) => ExitCode::Unavailable,
             Self::Demo(crate::demo::DemoError::Unpack { .. }) | Self::Store { .. } => ExitCode::CannotWrite,

@@ -13,7 +13,7 @@ use grail_protocol::window_file::{ReadError, read_bytes};
 use serde::Serialize;
 
 use super::CommandError;
-use super::local::{open_store, runtime_dir, worker_settings};
+use super::local::{cpu_workers, open_store, runtime_dir};
 use crate::beacon::Beacon;
 use crate::chain::LocalChain;
 use crate::clock::Clock;
@@ -41,8 +41,6 @@ pub struct FileOptions {
 /// Where and how files are judged.
 #[derive(Debug, Clone)]
 pub struct JudgeSettings {
-    /// `cpu` or `cuda:0`.
-    pub device: String,
     /// Where the folder for sockets is made.
     pub runtime_base: PathBuf,
     /// Resolved variables that the worker must see.
@@ -140,7 +138,7 @@ async fn judge(
     let checkpoint = verification.context().checkpoint_window;
     let runtime = runtime_dir(&settings.runtime_base, "verify");
     let start = || async {
-        let mut worker = worker_settings(1, &settings.device, &settings.variables)?;
+        let mut worker = cpu_workers(1, &settings.variables)?;
         worker.dtype = verification.dtype();
         let hashed = folder.clone();
         let hash = move || grail_checkpoint::WeightsFiles::open(&hashed)?.hash();

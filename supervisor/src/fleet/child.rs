@@ -71,6 +71,6 @@ pub fn serving(
 pub fn not_ready(error: &HandshakeError) -> NotReady {
     NotReady(match error {
         HandshakeError::Version { ours, theirs, .. } => DeathCause::VersionMismatch { ours: *ours, theirs: *theirs },
-        error => DeathCause::HandshakeFailed { detail: crate::engine::with_causes(error) },
+        error => DeathCause::HandshakeFailed { detail: grail_process::with_causes(error) },
     })
 }

@@ -13,7 +13,7 @@ use grail_ipc::{LostConnection, RequestError, WorkerClient};
 use grail_process::cause::DeathCause;
 use grail_protocol::ids::{CheckpointWindow, WeightsHash};
 
-use crate::engine::with_causes;
+use grail_process::with_causes;
 
 /// The weights that workers should have.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,6 +4,7 @@
 mod child;
 mod control;
 mod link;
+pub mod pinning;
 mod server;
 mod workers;
 
@@ -19,6 +20,7 @@ use tokio::sync::mpsc;
 pub use child::{ChildDefect, sibling_program};
 pub use control::{FleetHandle, ServerStatus, SlotCommand, SlotRefused, SlotStatus};
 pub use link::{Heartbeat, Target, WorkerLink};
+pub use pinning::SlotPin;
 pub use server::{ModelFacts, ServerSettings};
 pub use workers::{Observers, SlotFacts, SlotLimits, WorkerSettings, Workers, watch_worker};
 
@@ -211,7 +213,7 @@ pub async fn single_worker(
     let runtime = RuntimeFolder::create(runtime_dir)?;
     let (journal, _) = mpsc::unbounded_channel();
     let observers = Observers { queue: ProofQueue::start(), journal, progress: Arc::new(Progress::default()) };
-    let settings = WorkerSettings { slots: 1, ..settings.clone() };
+    let settings = WorkerSettings { pins: settings.pins.iter().take(1).cloned().collect(), ..settings.clone() };
     let expected = target.weights;
     let workers = Workers::start(&settings, &runtime, target, &observers);
     if let Err(error) = workers.wait_ready().await {

@@ -12,11 +12,12 @@ use grail_ipc::messages::{Backend, ServerSpec, SlotId};
 use grail_ipc::socket::RuntimeFolder;
 use grail_ipc::{Expected, LauncherClient, LauncherEvent, LauncherEvents, RequestError};
 use grail_process::cause::DeathCause;
+use grail_process::cgroup::Delegation;
 use grail_process::restart::RestartPolicy;
 use grail_process::state::State;
 use grail_process::{
-    Child, ChildEvent, ChildPolicy, ChildSpec, Events, ExitCode, Incarnation, NotReady, Role, Signal, StartError, StopPlan,
-    StopTarget, Supervised, supervise,
+    Child, ChildEvent, ChildPolicy, ChildSpec, Events, ExitCode, Incarnation, NotReady, Role, Signal, StartError,
+    StopPlan, StopTarget, Supervised, supervise,
 };
 use grail_protocol::ids::TokenId;
 use tokio::sync::{mpsc, watch};
@@ -25,9 +26,10 @@ use super::FleetError;
 use super::child::{self, not_ready};
 use super::control::{ServerControl, SharedFacts};
 use super::link::{Heartbeat, Target};
-use crate::engine::with_causes;
+use super::pinning;
 use crate::generation::{GenerationError, Generator, HttpGenerator, Sample, ServerFacts};
 use crate::journal::Event;
+use grail_process::with_causes;
 
 /// The launcher's own start: it only opens a socket.
 const LAUNCHER_START_LIMIT: Duration = Duration::from_secs(30);
@@ -55,6 +57,8 @@ pub struct ServerSettings {
     /// Of the launcher.
     pub heartbeat: Heartbeat,
     pub restart: RestartPolicy,
+    /// Control groups for the children, where ours was delegated to us.
+    pub delegation: Option<Arc<Delegation>>,
 }
 
 /// Facts of a checkpoint that answers are judged by.
@@ -413,8 +417,8 @@ impl WaitingGenerator {
     /// Whether `generator`'s server is gone.
     async fn is_lost(&self, generator: &Arc<HttpGenerator>) -> bool {
         let mut served = self.served.clone();
-        let replaced = served
-            .wait_for(|served| !matches!(served, Served::Weights(_, serving) if Arc::ptr_eq(serving, generator)));
+        let replaced =
+            served.wait_for(|served| !matches!(served, Served::Weights(_, serving) if Arc::ptr_eq(serving, generator)));
         tokio::time::timeout(LOSS_LIMIT, replaced).await.is_ok()
     }
 
@@ -426,7 +430,11 @@ impl WaitingGenerator {
             match generator.sample(sample.clone()).await {
                 // What a dead server was drawing nobody has seen: the next one draws it anew.
                 Err(error) if error.is_of_transport() && servers < MOST_SERVERS && self.is_lost(&generator).await => {
-                    tracing::debug!(rid = sample.rid, error = with_causes(&error), "Sampling again on the next server.");
+                    tracing::debug!(
+                        rid = sample.rid,
+                        error = with_causes(&error),
+                        "Sampling again on the next server."
+                    );
                 }
                 result => return result,
             }
@@ -474,7 +482,7 @@ impl LauncherRole {
             .arguments(["--look-interval-ms".to_owned(), every.as_millis().to_string()])
             .arguments(["--silence-limit-ms".to_owned(), limit.as_millis().to_string()]);
         self.call = Some((socket, expected));
-        Ok(spec)
+        Ok(pinning::confine(pinning::apply_to_launcher(spec), self.settings.delegation.as_deref()))
     }
 }
 

@@ -12,6 +12,7 @@ use grail_ipc::messages::{Failed, Severity, SlotId};
 use grail_ipc::socket::RuntimeFolder;
 use grail_ipc::{Expected, LostConnection, RequestError, WorkerClient};
 use grail_process::cause::DeathCause;
+use grail_process::cgroup::Delegation;
 use grail_process::restart::RestartPolicy;
 use grail_process::state::{GiveUp, State};
 use grail_process::{
@@ -25,10 +26,11 @@ use super::FleetError;
 use super::child::{self, not_ready};
 use super::control::{Controls, FleetHandle, SharedFacts, SlotControl};
 use super::link::{Heartbeat, Target, WorkerLink};
-use crate::engine::with_causes;
+use super::pinning::{self, SlotPin};
 use crate::journal::Event;
 use crate::progress::Progress;
 use crate::proofs::{Proof, ProofError, ProofQueue, Worker};
+use grail_process::with_causes;
 
 /// How proof workers are run.
 #[derive(Debug, Clone)]
@@ -36,9 +38,10 @@ pub struct WorkerSettings {
     pub program: PathBuf,
     /// Variables that the worker must see, wherever they were set.
     pub variables: Vec<(&'static str, String)>,
-    pub slots: u32,
-    /// `cpu` or `cuda:0`.
-    pub device: String,
+    /// One a slot.
+    pub pins: Vec<SlotPin>,
+    /// Control groups for the children, where ours was delegated to us.
+    pub delegation: Option<Arc<Delegation>>,
     /// `float32` or `bfloat16`.
     pub dtype: &'static str,
     /// Threads of one worker on the CPU.
@@ -131,15 +134,18 @@ impl Workers {
     /// Starts all slots on `target`.
     #[must_use]
     pub fn start(settings: &WorkerSettings, runtime: &RuntimeFolder, target: Target, observers: &Observers) -> Self {
-        let role = |slot, target, facts| WorkerRole {
+        let role = |slot: SlotId, target, facts| WorkerRole {
             slot,
+            // There are as many slots as pins.
+            pin: settings.pins.get(slot.0 as usize).cloned().unwrap_or_else(|| SlotPin::cpu(Vec::new())),
             settings: settings.clone(),
             runtime: runtime.clone(),
             target,
             facts,
             call: None,
         };
-        Self::start_with(settings.slots, &settings.limits, target, observers, role)
+        let slots = u32::try_from(settings.pins.len()).unwrap_or(u32::MAX);
+        Self::start_with(slots, &settings.limits, target, observers, role)
     }
 
     /// A connection to any ready worker.
@@ -192,8 +198,7 @@ impl<L: WorkerLink> Workers<L> {
                 let ready = lives.iter().filter(|live| live.borrow().is_some()).count();
                 observers.progress.workers(ready, lives.len());
                 // A slot that an operator emptied comes back when the operator says so: its work waits.
-                let is_lost =
-                    |state: &State| matches!(state, State::GaveUp(reason) if *reason != GiveUp::Quarantined);
+                let is_lost = |state: &State| matches!(state, State::GaveUp(reason) if *reason != GiveUp::Quarantined);
                 if !states.is_empty() && states.iter().all(|state| is_lost(&state.borrow())) {
                     observers.queue.no_more_workers();
                 }
@@ -209,11 +214,8 @@ impl<L: WorkerLink> Workers<L> {
     }
 
     pub(super) fn controls(&self) -> Vec<SlotControl> {
-        let control = |slot: &Slot<L>| SlotControl {
-            id: slot.id,
-            child: slot.child.control(),
-            facts: slot.facts.clone(),
-        };
+        let control =
+            |slot: &Slot<L>| SlotControl { id: slot.id, child: slot.child.control(), facts: slot.facts.clone() };
         self.slots.iter().map(control).collect()
     }
 
@@ -439,6 +441,7 @@ impl<L: WorkerLink> Follower<L> {
 #[derive(Debug)]
 struct WorkerRole {
     slot: SlotId,
+    pin: SlotPin,
     settings: WorkerSettings,
     runtime: RuntimeFolder,
     target: watch::Receiver<Target>,
@@ -455,11 +458,12 @@ impl WorkerRole {
             child::serving(&name, (&self.settings.program, &self.settings.variables), &self.runtime, place)?;
         self.call = Some((socket, expected));
         let folder = self.target.borrow().folder.clone();
-        Ok(spec
+        let spec = spec
             .argument("--model")
             .argument(folder)
-            .arguments(["--device", &self.settings.device, "--dtype", self.settings.dtype])
-            .arguments(["--threads".to_owned(), self.settings.threads.to_string()]))
+            .arguments(["--device", &self.pin.device, "--dtype", self.settings.dtype])
+            .arguments(["--threads".to_owned(), self.settings.threads.to_string()]);
+        Ok(pinning::confine(pinning::apply(spec, &self.pin), self.settings.delegation.as_deref()))
     }
 }
 
@@ -569,7 +573,8 @@ impl<L: WorkerLink> LiveWorker<L> {
         match severity {
             Severity::FatalForGroup => ProofError::Group { code, detail },
             Severity::Retryable => {
-                if code == OUT_OF_MEMORY && self.out_of_memory.fetch_add(1, Ordering::Relaxed) + 1 >= MOST_OUT_OF_MEMORY {
+                if code == OUT_OF_MEMORY && self.out_of_memory.fetch_add(1, Ordering::Relaxed) + 1 >= MOST_OUT_OF_MEMORY
+                {
                     self.control.fault(self.incarnation, DeathCause::OutOfMemory);
                 }
                 ProofError::Declined { slot: self.slot, code, detail }

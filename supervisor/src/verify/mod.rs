@@ -27,8 +27,8 @@ use grail_protocol::window_file::{WindowFile, read_bytes};
 use self::context::{Context, ContextError};
 use self::shares::Shares;
 use crate::checkpoints::{CheckpointFiles, FilesError};
-use crate::engine::with_causes;
 use crate::environments::{EnvironmentSource, SourceError};
+use grail_process::with_causes;
 
 /// Rows of one request to the worker, as many as a group has: what a validator computes at once.
 const ROWS_PER_REQUEST: usize = 16;

@@ -46,7 +46,7 @@ pub fn render(verified: &Verified) -> String {
             shares.distribution * 100.0
         ));
     }
-    for content in misses(report).into_iter().chain(findings(report)).chain(exactness(report)) {
+    for content in misses(report).into_iter().chain(groups(report)).chain(findings(report)).chain(exactness(report)) {
         line(content);
     }
     text
@@ -71,6 +71,11 @@ fn misses(report: &Report) -> Vec<String> {
         })
         .collect();
     shorten(missed.into_iter().map(|(row, text)| format!("  row {row:<5} {}", text.trim())), "rows with a missed check")
+}
+
+fn groups(report: &Report) -> Vec<String> {
+    let notes = report.all_rows.group_notes.iter();
+    shorten(notes.map(|note| format!("  group {:<3} {}", note.group, note.detail)), "groups that are refused")
 }
 
 fn missed_checks(checks: &Checks) -> Vec<&'static str> {

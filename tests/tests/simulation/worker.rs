@@ -78,6 +78,10 @@ impl Process for SimProcess {
     fn last_lines(&self) -> Vec<String> {
         vec!["simulated".to_owned()]
     }
+
+    fn was_oom_killed(&self) -> bool {
+        false
+    }
 }
 
 /// Starts simulated workers for one slot.
@@ -238,7 +242,8 @@ impl WorkerLink for SimLink {
     fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'_, Result<GroupProof, RequestError>> {
         async move {
             // An answer that was under way when the process died arrives all the same.
-            if matches!(self.fault, Some(WorkerFault::AnswersAfterDeath { .. })) && self.process.exit.borrow().is_none() {
+            if matches!(self.fault, Some(WorkerFault::AnswersAfterDeath { .. })) && self.process.exit.borrow().is_none()
+            {
                 return self.answer(&job).await;
             }
             self.unless_gone(self.answer(&job)).await

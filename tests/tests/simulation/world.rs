@@ -62,8 +62,7 @@ pub fn fixtures() -> &'static Fixtures {
         let demo = Demo::unpack(folder.path()).unwrap();
         let files = CheckpointFiles::read(&demo.first).unwrap();
         let split = Split::resolve(EnvironmentId::Gsm8k, None).unwrap();
-        let environment =
-            EnvironmentSource::new(demo.dataset_rows.clone()).open(EnvironmentId::Gsm8k, split).unwrap();
+        let environment = EnvironmentSource::new(demo.dataset_rows.clone()).open(EnvironmentId::Gsm8k, split).unwrap();
         let signer = Arc::new(Keypair::from_uri(DEMO_HOTKEY_URI).unwrap());
         Fixtures { _folder: folder, demo, files, environment, signer }
     })
@@ -120,7 +119,8 @@ impl World {
     pub fn live_through(&mut self) {
         for life in 0..MOST_LIVES {
             // Every life has a runtime of its own: a crash takes all its tasks with it.
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
             let limit = self.schedule.crashes.get(life).copied();
             let (ended, lasted) = runtime.block_on(async {
                 let began = Instant::now();
@@ -198,13 +198,10 @@ impl World {
             if chain.head().await.unwrap().block >= window.end() {
                 continue;
             }
-            let target =
-                Target { checkpoint: checkpoint(window), folder: PathBuf::from("simulated"), weights };
+            let target = Target { checkpoint: checkpoint(window), folder: PathBuf::from("simulated"), weights };
             let is_new = workers.is_none();
             let workers = workers.get_or_insert_with(|| self.start_workers(life, target.clone(), &observers));
-            let fleet = async {
-                if is_new { workers.wait_ready().await } else { workers.roll(target.clone()).await }
-            };
+            let fleet = async { if is_new { workers.wait_ready().await } else { workers.roll(target.clone()).await } };
             let parts = self.parts(window, weights, &chain, &observers, &clock).await;
             engine.run_window(Arc::new(parts), &StopSignals::default(), fleet).await?;
         }
@@ -216,7 +213,9 @@ impl World {
 
     fn is_uploaded(&self, window: WindowStart) -> bool {
         let events = journal::read(&self.state_dir()).unwrap_or_default();
-        events.iter().any(|event| matches!(event, Event::WindowUploaded { window: uploaded, .. } if *uploaded == window))
+        events
+            .iter()
+            .any(|event| matches!(event, Event::WindowUploaded { window: uploaded, .. } if *uploaded == window))
     }
 
     fn start_workers(&self, life: usize, target: Target, observers: &Observers) -> Workers<SimLink> {
@@ -240,8 +239,11 @@ impl World {
             faults: (1..=8).map(|number| schedule.workers.get(&(life, slot.0, number)).copied()).collect(),
         };
         let workers = Workers::start_with(schedule.slots, &limits, target, observers, role);
-        for (when, slot, restarts) in
-            schedule.operator.iter().filter(|order| order.0 == life).map(|(_, when, slot, restarts)| (*when, *slot, *restarts))
+        for (when, slot, restarts) in schedule
+            .operator
+            .iter()
+            .filter(|order| order.0 == life)
+            .map(|(_, when, slot, restarts)| (*when, *slot, *restarts))
         {
             let handle = workers.handle(&observers.queue);
             tokio::spawn(async move {

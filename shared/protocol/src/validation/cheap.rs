@@ -5,13 +5,14 @@
 //! hold. Nothing is sampled: every row is looked at.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 
 use rayon::prelude::*;
 
 use super::context::{Facts, ValidationContext};
-use super::groups::{groups, groups_are_valid};
+use super::groups::group_notes;
 use super::proof;
-use super::report::{Check, Severity};
+use super::report::{GroupNote, Severity};
 use super::row::{self, Sequence};
 use super::strict;
 use super::structure::check_structure;
@@ -56,8 +57,8 @@ pub enum Problem {
     File(&'static str),
     #[error("row {row} (group {group:?}): {detail}")]
     Row { row: usize, group: Option<i64>, detail: String },
-    #[error("group {0}: not 16 rows, or advantages that are not those of its rewards")]
-    Advantages(i64),
+    #[error("group {group}: {detail}")]
+    Group { group: i64, detail: String },
 }
 
 /// All problems of a file, best read back from the bytes that are about to go out; none means that a validator with the same
@@ -77,11 +78,9 @@ pub fn cheap_checks(file: &WindowFile, check: &CheapCheck<'_>) -> Vec<Problem> {
             Some(Problem::Row { row: index, group: row.rollout_group, detail })
         })
         .collect();
-    for group in groups(&file.rows) {
-        if !groups_are_valid(&file.rows, &group.rows) {
-            problems.push(Problem::Advantages(group.number));
-        }
-    }
+    let all: Vec<usize> = (0..file.rows.len()).collect();
+    let groups = group_notes(&file.rows, &all).into_iter();
+    problems.extend(groups.map(|GroupNote { group, detail }| Problem::Group { group, detail }));
     let findings = strict::findings(file, &context.hotkey, &context.window_hash, &Facts::default());
     for finding in findings.into_iter().filter(|finding| finding.severity == Severity::Error) {
         let group = file.rows[finding.row].rollout_group;
@@ -92,12 +91,9 @@ pub fn cheap_checks(file: &WindowFile, check: &CheapCheck<'_>) -> Vec<Problem> {
 
 fn check_row(index: usize, row: &ReadRow, check: &CheapCheck<'_>) -> Result<(), String> {
     if let Some(before) = row::ends_before(row, check.context) {
-        return Err(before.note().to_owned());
+        return Err(before.note());
     }
-    let sequence = row::sequence(&row.commit, check.context).map_err(|check| match check {
-        Check::SchemaValid => "the commit has not the required form".to_owned(),
-        _ => "an id outside the vocabulary, or too many tokens".to_owned(),
-    })?;
+    let sequence = row::sequence(&row.commit, check.context).map_err(|(_, note)| note)?;
     check_prompt(row, &sequence, check)?;
     proof::check_claim(&row.commit, &sequence, check.context)?;
     let proof = (check.proof)(index);
@@ -111,7 +107,10 @@ fn check_prompt(row: &ReadRow, sequence: &Sequence, check: &CheapCheck<'_>) -> R
     let group = GroupIndex(row.rollout_group.unwrap_or_default());
     let prompt = check.prompts.get(&group).ok_or_else(|| format!("no prompt is known for group {group}"))?;
     let claimed = &sequence.tokens[..sequence.prompt_length];
-    if claimed == prompt.as_slice() { Ok(()) } else { Err("the prompt is not the one of its group".to_owned()) }
+    if claimed.len() != prompt.len() {
+        return Err(format!("prompt of {} tokens, its group's has {}", claimed.len(), prompt.len()));
+    }
+    row::compare_prompts(claimed, prompt)
 }
 
 /// A log-probability is a number and not above 0; an honest one is finite.
@@ -120,17 +119,30 @@ fn check_logprobs(row: &ReadRow, sequence: &Sequence) -> Result<(), String> {
     if logprobs.len() != sequence.tokens.len() {
         return Err(format!("{} logprobs for {} tokens", logprobs.len(), sequence.tokens.len()));
     }
-    let wrong = logprobs[sequence.prompt_length..].iter().find(|logprob| !(logprob.is_finite() && **logprob <= 0.0));
-    wrong.map_or(Ok(()), |logprob| Err(format!("a logprob is {logprob}")))
+    let mut completion = logprobs.iter().enumerate().skip(sequence.prompt_length);
+    let wrong = completion.find(|(_, logprob)| !(logprob.is_finite() && **logprob <= 0.0));
+    wrong.map_or(Ok(()), |(position, logprob)| {
+        Err(format!("the logprob at {position} is {logprob}, must be finite and at most 0"))
+    })
 }
 
 fn check_against_proof(row: &ReadRow, sequence: &Sequence, proof: &ProofOutput<'_>) -> Result<(), String> {
-    if row.commit.commitments.sketches() != Some(proof.sketches) {
-        return Err("the commitments are not those of the proof".to_owned());
-    }
+    let sketches = row.commit.commitments.sketches().unwrap_or_default();
+    compare("sketch", (sketches, proof.sketches), 0)?;
     let logprobs = row.commit.rollout.token_logprobs.plain().unwrap_or_default();
-    if logprobs.get(sequence.prompt_length..) != Some(proof.logprobs) {
-        return Err("the logprobs are not those of the proof".to_owned());
+    let prompt_length = sequence.prompt_length;
+    compare("logprob", (logprobs.get(prompt_length..).unwrap_or_default(), proof.logprobs), prompt_length)
+}
+
+/// Values of the file against those of the proof, which begin at position `first`.
+fn compare<T: PartialEq + Display>(what: &str, (file, proof): (&[T], &[T]), first: usize) -> Result<(), String> {
+    if file.len() != proof.len() {
+        return Err(format!("{} values of {what}, the proof's are {}", file.len(), proof.len()));
     }
-    Ok(())
+    match file.iter().zip(proof).enumerate().find(|(_, (file, proof))| file != proof) {
+        None => Ok(()),
+        Some((offset, (file, proof))) => {
+            Err(format!("the {what} at {} is {file}, the proof's {proof}", first + offset))
+        }
+    }
 }

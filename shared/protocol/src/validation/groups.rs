@@ -6,7 +6,8 @@ use rayon::prelude::*;
 
 use super::canonical::canonical_commit;
 use super::context::ValidationContext;
-use crate::advantage::are_consistent;
+use super::report::GroupNote;
+use crate::advantage::inconsistency;
 use crate::constants::ROLLOUTS_PER_PROBLEM;
 use crate::hash::{Digest, completion_digest_of_ints, sha256};
 use crate::sampling::{checks_every_row, group_digest, sample_groups, sample_seed_text, sampled_group_count};
@@ -61,17 +62,35 @@ pub fn sampled_rows(file: &WindowFile, context: &ValidationContext) -> Vec<usize
 /// Whether every group among the rows at `indices` is whole and has the advantages of its rewards.
 #[must_use]
 pub fn groups_are_valid(rows: &[ReadRow], indices: &[usize]) -> bool {
-    let checked: HashSet<usize> = indices.iter().copied().collect();
-    groups(rows).into_iter().all(|group| {
-        let members: Vec<_> = group.rows.iter().filter(|row| checked.contains(row)).map(|row| &rows[*row]).collect();
-        members.is_empty() || (members.len() == ROLLOUTS_PER_PROBLEM && advantages_are_valid(&members))
-    })
+    group_notes(rows, indices).is_empty()
 }
 
-fn advantages_are_valid(members: &[&ReadRow]) -> bool {
+/// What is wrong with each group that [`groups_are_valid`] refuses.
+#[must_use]
+pub fn group_notes(rows: &[ReadRow], indices: &[usize]) -> Vec<GroupNote> {
+    let checked: HashSet<usize> = indices.iter().copied().collect();
+    let note = |group: Group| {
+        let members: Vec<_> = group.rows.iter().filter(|row| checked.contains(row)).map(|row| &rows[*row]).collect();
+        if members.is_empty() {
+            return None;
+        }
+        let detail = if members.len() == ROLLOUTS_PER_PROBLEM {
+            advantages_defect(&members)?
+        } else {
+            format!("{} rows, must be {ROLLOUTS_PER_PROBLEM}", members.len())
+        };
+        Some(GroupNote { group: group.number, detail })
+    };
+    groups(rows).into_iter().filter_map(note).collect()
+}
+
+fn advantages_defect(members: &[&ReadRow]) -> Option<String> {
     let claimed: Option<Vec<f64>> = members.iter().map(|row| row.commit.rollout.advantage).collect();
     let rewards: Option<Vec<f64>> = members.iter().map(|row| row.commit.rollout.total_reward).collect();
-    claimed.zip(rewards).is_some_and(|(claimed, rewards)| are_consistent(&claimed, &rewards))
+    match claimed.zip(rewards) {
+        Some((claimed, rewards)) => inconsistency(&claimed, &rewards),
+        None => Some("an advantage or a reward is missing".to_owned()),
+    }
 }
 
 /// Digest by which a completion counts as unique and by which copies between miners are found; `None` for a row without tokens.

@@ -45,10 +45,10 @@ pub use cheap::{CheapCheck, Problem, ProofOutput, cheap_checks};
 pub use context::{
     Facts, Forward, MissingFacts, NeededGroup, NeededRow, Needs, RowEvaluation, RowFacts, ValidationContext,
 };
-pub use groups::{Group, group_digests, groups, groups_are_valid, row_completion_digest, sampled_rows};
+pub use groups::{Group, group_digests, group_notes, groups, groups_are_valid, row_completion_digest, sampled_rows};
 pub use report::{
-    AllRows, Check, CheckedRow, Checks, Distribution, Exactness, Finding, FindingCode, Metrics, Number, Processed,
-    REPORT_SCHEMA, Report, RowDetail, RowExactness, Severity, Verdict,
+    AllRows, Check, CheckedRow, Checks, Distribution, Exactness, Finding, FindingCode, GroupNote, Metrics, Number,
+    Processed, REPORT_SCHEMA, Report, RowDetail, RowExactness, Severity, Verdict,
 };
 pub use structure::{Rejection, check_structure};
 
@@ -147,7 +147,8 @@ impl Judged<'_> {
             state.enter(outcome);
         }
         let indices: Vec<usize> = (0..self.outcomes.len()).collect();
-        let groups_valid = groups_are_valid(&self.file.rows, &indices);
+        let group_notes = group_notes(&self.file.rows, &indices);
+        let groups_valid = group_notes.is_empty();
         let failed = state.failure.is_some() || !groups_valid;
         AllRows {
             verdict: if failed { Verdict::Failed } else { Verdict::Success },
@@ -157,6 +158,7 @@ impl Judged<'_> {
             unique: self.distinct(0..self.digests.len()),
             soft_failures: state.soft_failures,
             groups_valid: Some(groups_valid),
+            group_notes,
             rows: self.outcomes.iter().map(RowOutcome::detail).collect(),
         }
     }

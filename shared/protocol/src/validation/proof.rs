@@ -1,5 +1,7 @@
 //! The proof of one row (validation §6) and its logprobs (§7).
 
+use std::fmt::Display;
+
 use super::canonical::canonical_commitments;
 use super::context::{Forward, ValidationContext};
 use super::row::Sequence;
@@ -16,10 +18,11 @@ use crate::window_file::{Commitments, List, ReadCommit};
 pub(super) fn check_claim(commit: &ReadCommit, sequence: &Sequence, context: &ValidationContext) -> Result<(), String> {
     let version = commit.proof_version.as_deref().unwrap_or_default();
     if !ACCEPTED_PROOF_VERSIONS.contains(&version) {
-        return Err(format!("proof version {version:?}"));
+        return Err(format!("proof version {version:?}, accepted are {ACCEPTED_PROOF_VERSIONS:?}"));
     }
     if commit.commitments.is_empty() || commit.commitments.len() != Some(sequence.tokens.len()) {
-        return Err("not one commitment a token".to_owned());
+        let count = commit.commitments.len().unwrap_or(0);
+        return Err(format!("{count} commitments for {} tokens", sequence.tokens.len()));
     }
     if sequence.completion_length() < CHALLENGE_K {
         return Err(format!(
@@ -31,7 +34,7 @@ pub(super) fn check_claim(commit: &ReadCommit, sequence: &Sequence, context: &Va
         return Err("the commit signature does not verify".to_owned());
     }
     if commit.layer_index != Some(i64::from(LAYER_INDEX)) {
-        return Err(format!("layer index {}", commit.layer_index.unwrap_or_default()));
+        return Err(format!("layer index {}, must be {LAYER_INDEX}", commit.layer_index.unwrap_or_default()));
     }
     Ok(())
 }
@@ -61,21 +64,28 @@ pub(super) fn challenged_positions(sequence: &Sequence, context: &ValidationCont
 pub(super) fn check_sketches(commit: &ReadCommit, forward: &Forward, positions: &[usize]) -> Result<(), String> {
     for &position in positions {
         let model = *forward.sketches.get(position).ok_or_else(|| format!("the model gave no sketch at {position}"))?;
-        if !is_within_tolerance(&commit.commitments, position, model)? {
-            return Err(format!("the sketch at {position} is farther than {} from the model's", tolerance(position)));
-        }
+        check_sketch(&commit.commitments, position, model)?;
     }
     Ok(())
 }
 
-fn is_within_tolerance(commitments: &Commitments, position: usize, model: u32) -> Result<bool, String> {
+fn check_sketch(commitments: &Commitments, position: usize, model: u32) -> Result<(), String> {
     let bound = tolerance(position);
+    let far = |claimed: &dyn Display, distance: &dyn Display| {
+        Err(format!(
+            "the sketch at {position} is {claimed}, the model's {model}: distance {distance}, at most {bound} is allowed"
+        ))
+    };
     match claimed_sketch(commitments, position) {
         None => Err(format!("commitment {position} has no sketch")),
-        Some(Claimed::Int(claimed)) => Ok(modular_distance(claimed, i64::from(model)) <= i128::from(bound)),
+        Some(Claimed::Int(claimed)) => {
+            let distance = modular_distance(claimed, i64::from(model));
+            if distance <= i128::from(bound) { Ok(()) } else { far(&claimed, &distance) }
+        }
         Some(Claimed::Other(claimed)) => {
             let claimed = claimed.to_bigint().ok_or_else(|| format!("the sketch at {position} is no integer"))?;
-            Ok(modular_distance_big(&claimed, &model.into()) <= bound.into())
+            let distance = modular_distance_big(&claimed, &model.into());
+            if distance <= bound.into() { Ok(()) } else { far(&claimed, &distance) }
         }
     }
 }
@@ -116,20 +126,30 @@ pub(super) fn logprob_deviation(
         Err(note) => LogprobDeviation { result: Err(note), median: None, max: None },
         Ok(mut deviations) => {
             // With some NaN the reference's result depends on how its sort meets them; here any NaN is refused.
-            if deviations.iter().any(|deviation| deviation.is_nan()) {
-                let result = Err("a logprob is NaN".to_owned());
+            if let Some(nan) = deviations.iter().position(|deviation| deviation.is_nan()) {
+                let result = Err(pair_at(commit, sequence, forward, positions[nan]));
                 return LogprobDeviation { result, median: Some(f64::NAN), max: Some(f64::NAN) };
             }
+            let worst =
+                deviations.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(place, _)| positions[place]);
             deviations.sort_unstable_by(f64::total_cmp);
             let median = median(&deviations);
             let result = if median <= LOGPROB_IS_EPS {
                 Ok(())
             } else {
-                Err(format!("median logprob deviation {median}, at most {LOGPROB_IS_EPS} is allowed"))
+                let worst = worst.map(|position| pair_at(commit, sequence, forward, position)).unwrap_or_default();
+                Err(format!("median logprob deviation {median}, at most {LOGPROB_IS_EPS} is allowed; at worst {worst}"))
             };
             LogprobDeviation { result, median: Some(median), max: deviations.last().copied() }
         }
     }
+}
+
+/// Both logprobs at a position that has them.
+fn pair_at(commit: &ReadCommit, sequence: &Sequence, forward: &Forward, position: usize) -> String {
+    let claimed = claimed_logprob(&commit.rollout.token_logprobs, position).unwrap_or(f64::NAN);
+    let model = forward.logprobs.get(position - sequence.prompt_length).copied().unwrap_or(f32::NAN);
+    format!("the logprob at {position} is {claimed}, the model's {model}")
 }
 
 /// `exp(|Δ|) − 1` at each position; an error where Python's `exp` raises.
@@ -144,7 +164,7 @@ fn deviations(
         return Err(format!("{} logprobs for {} tokens", claims.len(), sequence.tokens.len()));
     }
     if positions.len() < CHALLENGE_K {
-        return Err(format!("{} challenged positions", positions.len()));
+        return Err(format!("{} challenged positions, {CHALLENGE_K} are needed", positions.len()));
     }
     let deviation = |position: usize| {
         let claimed = claimed_logprob(claims, position).ok_or_else(|| format!("no logprob at {position}"))?;
@@ -153,7 +173,7 @@ fn deviations(
         let difference = (model - claimed).abs();
         let deviation = difference.exp() - 1.0;
         if deviation.is_infinite() && difference.is_finite() {
-            return Err(format!("the logprob at {position} is off by {difference}"));
+            return Err(format!("{}: off by {difference}", pair_at(commit, sequence, forward, position)));
         }
         Ok(deviation)
     };

@@ -194,6 +194,7 @@ impl Report {
                 unique: 0,
                 soft_failures: BTreeMap::new(),
                 groups_valid: None,
+                group_notes: Vec::new(),
                 rows: Vec::new(),
             },
             strict: Vec::new(),
@@ -251,7 +252,17 @@ pub struct AllRows {
     pub soft_failures: BTreeMap<Check, usize>,
     /// `None` if the file did not come that far.
     pub groups_valid: Option<bool>,
+    /// Why they are not; left out where there is nothing to say.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub group_notes: Vec<GroupNote>,
     pub rows: Vec<RowDetail>,
+}
+
+/// What is wrong with one group as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct GroupNote {
+    pub group: i64,
+    pub detail: String,
 }
 
 /// Everything that is known of one row.

@@ -4,8 +4,11 @@ use super::context::{Facts, Forward, MissingFacts, NeededRow, ValidationContext}
 use super::proof::{self, LogprobDeviation};
 use super::report::{Check, Distribution, Number, RowDetail};
 use super::schema;
-use crate::constants::{REWARD_ABS_TOL, REWARD_REL_TOL};
-use crate::distribution::{DistributionVerdict, assess};
+use crate::constants::{
+    MIN_EOS_PROBABILITY, REWARD_ABS_TOL, REWARD_REL_TOL, SAMPLING_LOW_Q10_MAX, SAMPLING_MEDIAN_LOW_MAX,
+    SAMPLING_MIN_STEPS, SAMPLING_MIN_TOKEN_PROB,
+};
+use crate::distribution::{DistributionMetrics, DistributionVerdict, SuspicionReasons, assess};
 use crate::hex_text::clean_hex;
 use crate::ids::{GroupIndex, Hotkey, TokenId};
 use crate::keys;
@@ -16,7 +19,7 @@ use crate::window_file::{ReadCommit, ReadRow};
 /// What ends a row before its checks. All of them fail the miner without a reason text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Before {
-    CheckpointWindow,
+    CheckpointWindow { claimed: Option<i64>, expected: u64 },
     RowSignature,
 }
 
@@ -33,16 +36,21 @@ impl RowOutcome {
     pub(super) fn detail(&self) -> RowDetail {
         match self {
             Self::Checked(detail) => RowDetail::clone(detail),
-            Self::Before(before) => RowDetail { note: Some(before.note().to_owned()), ..RowDetail::default() },
+            Self::Before(before) => RowDetail { note: Some(before.note()), ..RowDetail::default() },
         }
     }
 }
 
 impl Before {
-    pub(super) const fn note(self) -> &'static str {
+    pub(super) fn note(self) -> String {
         match self {
-            Self::CheckpointWindow => "another checkpoint window than the validator's",
-            Self::RowSignature => "the row signature does not verify",
+            Self::CheckpointWindow { claimed: Some(claimed), expected } => {
+                format!("checkpoint window {claimed}, the validator's is {expected}")
+            }
+            Self::CheckpointWindow { claimed: None, expected } => {
+                format!("no checkpoint window, the validator's is {expected}")
+            }
+            Self::RowSignature => "the row signature does not verify".to_owned(),
         }
     }
 }
@@ -62,20 +70,27 @@ impl Sequence {
     }
 }
 
-/// The sequence of a commit that passes the schema and the token check; the first of the two that fails otherwise.
-pub(super) fn sequence(commit: &ReadCommit, context: &ValidationContext) -> Result<Sequence, Check> {
-    if !schema::is_valid(commit) {
-        return Err(Check::SchemaValid);
+/// The sequence of a commit that passes the schema and the token check; the first of the two that fails otherwise, and why.
+pub(super) fn sequence(commit: &ReadCommit, context: &ValidationContext) -> Result<Sequence, (Check, String)> {
+    let form = |what: String| (Check::SchemaValid, what);
+    if let Some(defect) = schema::defect(commit) {
+        return Err(form(defect));
     }
-    // The schema has seen a beacon of hexadecimal digits and lengths that add up.
-    let randomness = commit.beacon_randomness().and_then(|text| clean_hex(text).ok()).ok_or(Check::SchemaValid)?;
-    let prompt_length = commit.prompt_length().ok_or(Check::SchemaValid)?;
-    let ids = commit.tokens.plain().ok_or(Check::TokensValid)?;
-    if ids.len() > context.max_position_embeddings {
-        return Err(Check::TokensValid);
+    let beacon = commit.beacon_randomness().unwrap_or_default();
+    let randomness = clean_hex(beacon).map_err(|error| form(format!("the beacon's randomness: {error}")))?;
+    // The schema has seen lengths that add up.
+    let prompt_length = commit.prompt_length().ok_or_else(|| form("no prompt length".to_owned()))?;
+    let wrong = |what: String| (Check::TokensValid, what);
+    let ids = commit.tokens.plain().ok_or_else(|| wrong("the tokens are no list of 32-bit integers".to_owned()))?;
+    let most = context.max_position_embeddings;
+    if ids.len() > most {
+        return Err(wrong(format!("{} tokens, the model takes at most {most}", ids.len())));
     }
-    let in_vocabulary = |id: &i32| u32::try_from(*id).ok().filter(|id| *id < context.vocab_size).map(TokenId);
-    let tokens = ids.iter().map(in_vocabulary).collect::<Option<Vec<_>>>().ok_or(Check::TokensValid)?;
+    let in_vocabulary = |(position, id): (usize, &i32)| {
+        let token = u32::try_from(*id).ok().filter(|id| *id < context.vocab_size).map(TokenId);
+        token.ok_or_else(|| wrong(format!("token {position} is {id}, the vocabulary has {}", context.vocab_size)))
+    };
+    let tokens = ids.iter().enumerate().map(in_vocabulary).collect::<Result<Vec<_>, _>>()?;
     Ok(Sequence { tokens, prompt_length, randomness })
 }
 
@@ -112,7 +127,7 @@ pub(super) fn ends_before(row: &ReadRow, context: &ValidationContext) -> Option<
     if let Some(expected) = context.checkpoint_window
         && row.checkpoint_window.and_then(|window| u64::try_from(window).ok()) != Some(expected.0)
     {
-        return Some(Before::CheckpointWindow);
+        return Some(Before::CheckpointWindow { claimed: row.checkpoint_window, expected: expected.0 });
     }
     (!row_signature_verifies(row)).then_some(Before::RowSignature)
 }
@@ -155,13 +170,11 @@ fn run_checks(index: usize, row: &ReadRow, run: &mut Run<'_>) -> Result<(), Miss
     let commit = &row.commit;
     let sequence = match sequence(commit, run.context) {
         Ok(sequence) => sequence,
-        Err(Check::SchemaValid) => {
-            run.fail(Check::SchemaValid, "the commit has not the required form");
-            return Ok(());
-        }
-        Err(_) => {
-            run.note(Check::SchemaValid, Ok(()));
-            run.fail(Check::TokensValid, "an id outside the vocabulary, or too many tokens");
+        Err((check, note)) => {
+            if check == Check::TokensValid {
+                run.note(Check::SchemaValid, Ok(()));
+            }
+            run.fail(check, note);
             return Ok(());
         }
     };
@@ -229,9 +242,17 @@ fn check_prompt(sequence: &Sequence, canonical: &Result<Vec<TokenId>, String>) -
     if canonical.len() != sequence.prompt_length {
         return Err(format!("prompt of {} tokens, canonical {}", sequence.prompt_length, canonical.len()));
     }
-    match canonical.iter().zip(&sequence.tokens).position(|(canonical, claimed)| canonical != claimed) {
+    compare_prompts(&sequence.tokens, canonical)
+}
+
+/// The claimed tokens against those of a canonical prompt, which is not longer.
+pub(super) fn compare_prompts(claimed: &[TokenId], canonical: &[TokenId]) -> Result<(), String> {
+    let mut pairs = canonical.iter().zip(claimed).enumerate();
+    match pairs.find(|(_, (canonical, claimed))| canonical != claimed) {
         None => Ok(()),
-        Some(position) => Err(format!("prompt token {position} is not the canonical one")),
+        Some((position, (canonical, claimed))) => {
+            Err(format!("prompt token {position} is {}, canonical {}", claimed.0, canonical.0))
+        }
     }
 }
 
@@ -251,7 +272,10 @@ pub(super) fn check_termination(
         return Ok(());
     }
     Err(if end.eos_token.is_some() && end.last_token == end.eos_token {
-        format!("ends in EOS of probability {}", eos_probability.unwrap_or(f32::NAN))
+        let (position, probability) = (sequence.tokens.len() - 1, eos_probability.unwrap_or(f32::NAN));
+        format!(
+            "position {position} ends in EOS of probability {probability}, at least {MIN_EOS_PROBABILITY} is needed"
+        )
     } else {
         format!("ends after {} of {} tokens without EOS", end.completion_length, end.max_new_tokens)
     })
@@ -276,16 +300,49 @@ fn is_close(a: f64, b: f64) -> bool {
 }
 
 fn note_distribution(detail: &mut RowDetail, probabilities: &[f32]) -> Result<(), String> {
-    let verdict = assess(probabilities);
-    match &verdict {
-        DistributionVerdict::Insufficient => detail.distribution_reason = Some("insufficient".to_owned()),
+    match assess(probabilities) {
+        DistributionVerdict::Insufficient => {
+            detail.distribution_reason = Some("insufficient".to_owned());
+            Err(format!("{} token probabilities, at least {SAMPLING_MIN_STEPS} are needed", probabilities.len()))
+        }
         DistributionVerdict::Assessed { metrics, initial, reasons } => {
-            detail.distribution = Some(Distribution::from(metrics));
-            detail.distribution_initial = Some(Distribution::from(initial));
-            detail.distribution_reasons = Some(*reasons);
+            detail.distribution = Some(Distribution::from(&metrics));
+            detail.distribution_initial = Some(Distribution::from(&initial));
+            detail.distribution_reasons = Some(reasons);
+            if reasons.any() { Err(suspicions(probabilities, &metrics, &initial, reasons)) } else { Ok(()) }
         }
     }
-    if verdict.passes() { Ok(()) } else { Err("the distribution of the token probabilities is unusual".to_owned()) }
+}
+
+/// What is unusual about the probabilities, each with its bound.
+fn suspicions(
+    probabilities: &[f32],
+    metrics: &DistributionMetrics,
+    initial: &DistributionMetrics,
+    reasons: SuspicionReasons,
+) -> String {
+    let least = probabilities.iter().position(|probability| f64::from(*probability) <= metrics.min).unwrap_or_default();
+    [
+        (reasons.median_low, format!("median {}, must be above {SAMPLING_MEDIAN_LOW_MAX}", metrics.median)),
+        (
+            reasons.min_low,
+            format!(
+                "least {} at token {least} of the completion, must be above {SAMPLING_MIN_TOKEN_PROB}",
+                metrics.min
+            ),
+        ),
+        (reasons.q10_low, format!("10 % quantile {}, must be above {SAMPLING_LOW_Q10_MAX}", metrics.q10)),
+        (
+            reasons.q10_low_initial,
+            format!("10 % quantile of the first tokens {}, must be above {SAMPLING_LOW_Q10_MAX}", initial.q10),
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(applies, text)| applies.then_some(text))
+    .fold("token probabilities:".to_owned(), |all, text| {
+        let separator = if all.ends_with(':') { " " } else { "; " };
+        all + separator + &text
+    })
 }
 
 #[cfg(test)]

@@ -2,41 +2,74 @@
 
 use crate::constants::{CHALLENGE_K, MAX_NEW_TOKENS_PROTOCOL_CAP};
 use crate::json::Value;
-use crate::window_file::{Commitments, List, ReadCommit};
+use crate::window_file::{Commitments, List, ReadCommit, ReadRollout};
 
-/// Whether the commit has the form that every later check relies on.
-pub(super) fn is_valid(commit: &ReadCommit) -> bool {
+/// What the commit lacks of the form that every later check relies on.
+pub(super) fn defect(commit: &ReadCommit) -> Option<String> {
     // If the token list itself is invalid the dependent lengths compare with 0, and the row fails either way.
     let length = commit.tokens.len();
-    all_lax(&commit.tokens, lax_int)
-        && length >= CHALLENGE_K
-        && commitments_are_objects(&commit.commitments)
-        && commit.commitments.len() == Some(length)
-        && commit.proof_version.is_some()
-        && commit.signature.is_some()
-        && commit.model_name.is_some()
-        && commit.layer_index.is_some()
-        && commit.beacon_randomness().is_some_and(is_hex)
-        && rollout_is_valid(commit, length)
+    if let Some(position) = first_not(&commit.tokens, lax_int) {
+        return Some(format!("token {position} is no integer"));
+    }
+    if length < CHALLENGE_K {
+        return Some(format!("{length} tokens, at least {CHALLENGE_K} are needed"));
+    }
+    commitments_defect(&commit.commitments, length)
+        .or_else(|| missing_field(commit).map(|field| format!("{field} is missing")))
+        .or_else(|| randomness_defect(commit.beacon_randomness()))
+        .or_else(|| rollout_defect(&commit.rollout, length))
 }
 
-fn rollout_is_valid(commit: &ReadCommit, length: usize) -> bool {
-    let rollout = &commit.rollout;
-    let lengths = rollout.prompt_length.zip(rollout.completion_length).is_some_and(|(prompt, completion)| {
-        prompt >= 0
-            && (1..=i64::from(MAX_NEW_TOKENS_PROTOCOL_CAP)).contains(&completion)
-            && i128::from(prompt) + i128::from(completion) == length as i128
-    });
-    lengths
-        && rollout.success.is_some()
-        && rollout.total_reward.is_some()
-        && rollout.advantage.is_some()
-        && all_lax(&rollout.token_logprobs, lax_float)
+fn commitments_defect(commitments: &Commitments, length: usize) -> Option<String> {
+    if !commitments_are_objects(commitments) {
+        return Some("the commitments are no list of objects".to_owned());
+    }
+    let count = commitments.len().unwrap_or(0);
+    (commitments.len() != Some(length)).then(|| format!("{count} commitments for {length} tokens"))
 }
 
-/// One or more hexadecimal digits in either case.
-fn is_hex(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+fn missing_field(commit: &ReadCommit) -> Option<&'static str> {
+    [
+        ("the proof version", commit.proof_version.is_some()),
+        ("the signature", commit.signature.is_some()),
+        ("the model's name", commit.model_name.is_some()),
+        ("the layer index", commit.layer_index.is_some()),
+    ]
+    .into_iter()
+    .find_map(|(field, is_there)| (!is_there).then_some(field))
+}
+
+fn randomness_defect(randomness: Option<&str>) -> Option<String> {
+    let Some(text) = randomness else { return Some("the beacon has no randomness".to_owned()) };
+    match text.chars().position(|digit| !digit.is_ascii_hexdigit()) {
+        None if text.is_empty() => Some("the beacon's randomness has 0 digits, at least 1 is needed".to_owned()),
+        None => None,
+        Some(position) => Some(format!("character {position} of the beacon's randomness is not hexadecimal")),
+    }
+}
+
+fn rollout_defect(rollout: &ReadRollout, length: usize) -> Option<String> {
+    let Some((prompt, completion)) = rollout.prompt_length.zip(rollout.completion_length) else {
+        return Some("a length of prompt or completion is missing".to_owned());
+    };
+    if prompt < 0 {
+        return Some(format!("prompt length {prompt}, at least 0 is allowed"));
+    }
+    if !(1..=i64::from(MAX_NEW_TOKENS_PROTOCOL_CAP)).contains(&completion) {
+        return Some(format!("completion length {completion}, 1 to {MAX_NEW_TOKENS_PROTOCOL_CAP} are allowed"));
+    }
+    if i128::from(prompt) + i128::from(completion) != length as i128 {
+        return Some(format!("lengths {prompt} of the prompt and {completion} of the completion for {length} tokens"));
+    }
+    let fields = [
+        ("success", rollout.success.is_some()),
+        ("total reward", rollout.total_reward.is_some()),
+        ("advantage", rollout.advantage.is_some()),
+    ];
+    if let Some((field, _)) = fields.into_iter().find(|(_, is_there)| !is_there) {
+        return Some(format!("the {field} is missing"));
+    }
+    first_not(&rollout.token_logprobs, lax_float).map(|position| format!("logprob {position} is no number"))
 }
 
 fn commitments_are_objects(commitments: &Commitments) -> bool {
@@ -48,10 +81,11 @@ fn commitments_are_objects(commitments: &Commitments) -> bool {
     }
 }
 
-fn all_lax<T>(list: &List<T>, is_lax: impl Fn(&Value) -> bool) -> bool {
+/// Position of the first element that is not as `is_lax` wants it.
+fn first_not<T>(list: &List<T>, is_lax: impl Fn(&Value) -> bool) -> Option<usize> {
     match list {
-        List::Plain(_) => true,
-        List::Other(values) => values.iter().all(is_lax),
+        List::Plain(_) => None,
+        List::Other(values) => values.iter().position(|value| !is_lax(value)),
     }
 }
 

@@ -28,6 +28,9 @@ const HONEST_MEDIAN_DISTANCE: u32 = 200;
 const HONEST_DISTANCE: u32 = 1_500;
 const HONEST_FAR_SHARE: f64 = 0.05;
 
+/// Length of the miner's randomness.
+const RANDOMNESS_DIGITS: usize = 64;
+
 /// All findings, by row.
 pub(super) fn findings(file: &WindowFile, hotkey: &Hotkey, window_hash: &BlockHash, facts: &Facts) -> Vec<Finding> {
     let mut findings: Vec<Finding> = file
@@ -72,31 +75,43 @@ impl Notes {
     fn identity(&mut self, row: &ReadRow, hotkey: &Hotkey, window_hash: &BlockHash) {
         if row.hotkey.as_deref() != Some(hotkey.0.as_str()) {
             let claimed = row.hotkey.as_deref().unwrap_or("null");
-            self.note(FindingCode::ForeignHotkey, format!("the row's hotkey is {claimed}, not the wallet's"));
+            self.note(FindingCode::ForeignHotkey, format!("the row's hotkey is {claimed}, the wallet's {hotkey}"));
         }
         let expected = row.nonce.map(|nonce| challenge_text(window_hash, Nonce(nonce)));
         if row.challenge.is_none() || row.challenge != expected {
             let claimed = row.challenge.as_deref().unwrap_or("null");
-            self.note(FindingCode::WrongChallenge, format!("the challenge is {claimed:?}"));
+            let expected = expected.as_deref().unwrap_or("unknown without a nonce");
+            self.note(FindingCode::WrongChallenge, format!("the challenge is {claimed:?}, expected {expected:?}"));
         }
         let expected = row
             .rollout_group
             .zip(row.rollout_index)
             .and_then(|(group, index)| group.checked_mul(16)?.checked_add(index).filter(|_| (0..16).contains(&index)));
         if row.nonce.is_none() || row.nonce != expected {
-            self.note(FindingCode::WrongNonce, format!("nonce {:?}, from group and rollout {expected:?}", row.nonce));
+            let text = |nonce: Option<i64>| nonce.map_or_else(|| "null".to_owned(), |nonce| nonce.to_string());
+            let (nonce, expected) = (text(row.nonce), text(expected));
+            self.note(FindingCode::WrongNonce, format!("nonce {nonce}, from group and rollout {expected}"));
         }
     }
 
     fn commit(&mut self, row: &ReadRow) {
         let beacon = row.commit.beacon_randomness();
-        let is_miners =
-            |text: &str| text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-        if !beacon.is_some_and(is_miners) {
-            self.note(FindingCode::RandomnessForm, "the beacon's randomness is not 64 lower-case hexadecimal digits");
+        let text = beacon.unwrap_or_default();
+        let strange = text.chars().position(|digit| !matches!(digit, '0'..='9' | 'a'..='f'));
+        if let Some(position) = strange {
+            let what = format!("character {position} of the beacon's randomness is no lower-case hexadecimal digit");
+            self.note(FindingCode::RandomnessForm, what);
+        } else if text.len() != RANDOMNESS_DIGITS {
+            let what = format!("the beacon's randomness has {} digits, must have {RANDOMNESS_DIGITS}", text.len());
+            self.note(FindingCode::RandomnessForm, what);
         }
         if row.randomness.is_none() || row.randomness.as_deref() != beacon {
-            self.note(FindingCode::RandomnessColumn, "the randomness column is not the beacon's");
+            let column = row.randomness.as_deref().unwrap_or("null");
+            let beacon = beacon.unwrap_or("null");
+            self.note(
+                FindingCode::RandomnessColumn,
+                format!("the randomness column is {column}, the beacon's {beacon}"),
+            );
         }
         let positions = row.commit.commitments.len().unwrap_or(0);
         let out_of_range = |position: &usize| match claimed_sketch(&row.commit.commitments, *position) {
@@ -106,16 +121,31 @@ impl Notes {
         let wrong: Vec<usize> = (0..positions).filter(out_of_range).collect();
         if let Some(first) = wrong.first() {
             let count = wrong.len();
+            let value = match claimed_sketch(&row.commit.commitments, *first) {
+                Some(Claimed::Int(sketch)) => sketch.to_string(),
+                Some(Claimed::Other(value)) => {
+                    value.to_bigint().map_or("no integer".to_owned(), |sketch| sketch.to_string())
+                }
+                None => "missing".to_owned(),
+            };
             self.note(
                 FindingCode::SketchOutOfRange,
-                format!("{count} of {positions} sketches are outside 0..{PRIME_Q}, the first at position {first}"),
+                format!(
+                    "{count} of {positions} sketches are outside 0..{PRIME_Q}, the first at position {first} is {value}"
+                ),
             );
         }
         let logprobs = &row.commit.rollout.token_logprobs;
         let completion = row.commit.prompt_length().unwrap_or(0)..logprobs.len();
-        let nan = completion.filter(|position| claimed_logprob(logprobs, *position).is_some_and(f64::is_nan)).count();
-        if nan > 0 {
-            self.note(FindingCode::NanLogprob, format!("{nan} logprobs of the completion are NaN"));
+        let total = completion.len();
+        let nan: Vec<usize> =
+            completion.filter(|position| claimed_logprob(logprobs, *position).is_some_and(f64::is_nan)).collect();
+        if let Some(first) = nan.first() {
+            let count = nan.len();
+            self.note(
+                FindingCode::NanLogprob,
+                format!("{count} of {total} logprobs of the completion are NaN, the first at position {first}"),
+            );
         }
     }
 
@@ -127,23 +157,30 @@ impl Notes {
     }
 
     fn distances(&mut self, row: &ReadRow, forward: &Forward) {
-        let mut distances: Vec<i128> = forward
+        let distances: Vec<(i128, usize)> = forward
             .sketches
             .iter()
             .enumerate()
             .filter_map(|(position, model)| match claimed_sketch(&row.commit.commitments, position)? {
-                Claimed::Int(claimed) => Some(modular_distance(claimed, i64::from(*model)).abs()),
+                Claimed::Int(claimed) => Some((modular_distance(claimed, i64::from(*model)).abs(), position)),
                 Claimed::Other(_) => None,
             })
             .collect();
+        let Some((largest, position)) = distances.iter().max().copied() else { return };
+        let mut distances: Vec<i128> = distances.into_iter().map(|(distance, _)| distance).collect();
         distances.sort_unstable();
-        let Some(median) = distances.get(distances.len() / 2).copied() else { return };
+        let median = distances[distances.len() / 2];
         let far = distances.iter().filter(|distance| **distance > i128::from(HONEST_DISTANCE)).count();
         let far = share(far, distances.len());
         if median > i128::from(HONEST_MEDIAN_DISTANCE) || far > HONEST_FAR_SHARE {
             self.note(
                 FindingCode::SketchDistance,
-                format!("median sketch distance {median}, {:.1} % above {HONEST_DISTANCE}", far * 100.0),
+                format!(
+                    "median sketch distance {median}, honest up to {HONEST_MEDIAN_DISTANCE}; {:.1} % above \
+                     {HONEST_DISTANCE}, honest up to {:.1} %; the largest is {largest} at position {position}",
+                    far * 100.0,
+                    HONEST_FAR_SHARE * 100.0
+                ),
             );
         }
     }

@@ -61,8 +61,11 @@ fn each_problem_is_named_with_its_row() {
     let cases: [(Change, &str); 13] = [
         (|rows| drop(rows.pop()), "rejected: invalid_group_size"),
         (|rows| rows[4].signature = "00".repeat(64), "row 4 (group Some(0)): the row signature"),
-        (|rows| rows[4].checkpoint = CheckpointWindow(WINDOW), "row 4 (group Some(0)): another checkpoint window"),
-        (|rows| rows[17].commit.tokens[20] = TokenId(400), "row 17 (group Some(1)): an id outside the vocabulary"),
+        (|rows| rows[4].checkpoint = CheckpointWindow(WINDOW), "checkpoint window 3600000, the validator's is 3599970"),
+        (
+            |rows| rows[17].commit.tokens[20] = TokenId(400),
+            "row 17 (group Some(1)): token 20 is 400, the vocabulary has 400",
+        ),
         (|rows| rows[17].commit.tokens[20] = TokenId(1), "row 17 (group Some(1)): the commit signature"),
         (|rows| rows[17].commit.sketches[0] ^= 1, "row 17 (group Some(1)): the commit signature"),
         (
@@ -70,14 +73,14 @@ fn each_problem_is_named_with_its_row() {
                 rows[17].commit.tokens[2] = TokenId(399);
                 sign(&mut rows[17]);
             },
-            "row 17 (group Some(1)): the prompt is not",
+            "row 17 (group Some(1)): prompt token 2 is 399, canonical 2",
         ),
         (
             |rows| {
                 rows[17].commit.sketches[9] ^= 1;
                 sign(&mut rows[17]);
             },
-            "row 17 (group Some(1)): the commitments are not those of the proof",
+            "row 17 (group Some(1)): the sketch at 9 is ",
         ),
         (
             |rows| {
@@ -86,10 +89,16 @@ fn each_problem_is_named_with_its_row() {
             },
             "row 17 (group Some(1)): 1 of 46 sketches are outside",
         ),
-        (|rows| rows[3].commit.rollout.completion_logprobs[5] = f32::NAN, "row 3 (group Some(0)): a logprob is NaN"),
-        (|rows| rows[3].commit.rollout.completion_logprobs[5] = 0.5, "row 3 (group Some(0)): a logprob is 0.5"),
-        (|rows| rows[3].commit.rollout.completion_logprobs[5] -= 1.0, "row 3 (group Some(0)): the logprobs are not"),
-        (|rows| rows[3].commit.rollout.advantage = 0.0, "group 0: not 16 rows, or advantages"),
+        (
+            |rows| rows[3].commit.rollout.completion_logprobs[5] = f32::NAN,
+            "row 3 (group Some(0)): the logprob at 11 is NaN",
+        ),
+        (|rows| rows[3].commit.rollout.completion_logprobs[5] = 0.5, "row 3 (group Some(0)): the logprob at 11 is 0.5"),
+        (|rows| rows[3].commit.rollout.completion_logprobs[5] -= 1.0, ", the proof's -"),
+        (
+            |rows| rows[3].commit.rollout.advantage = 0.0,
+            "group 0: the advantage at 3 is 0, from the rewards 1; 0.001 apart",
+        ),
     ];
     for (change, expected) in cases {
         let found = problems(change);
