@@ -2,6 +2,7 @@
 //! as one.
 
 mod child;
+mod control;
 mod server;
 mod workers;
 
@@ -14,6 +15,7 @@ use grail_protocol::ids::{CheckpointWindow, WeightsHash};
 use tokio::sync::mpsc;
 
 pub use child::{ChildDefect, sibling_program};
+pub use control::{FleetHandle, ServerStatus, SlotCommand, SlotRefused, SlotStatus};
 pub use server::{ModelFacts, ServerSettings};
 pub use workers::{Observers, Target, WorkerSettings, Workers};
 
