@@ -4,15 +4,19 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Parser;
+use grail_ipc::messages::SlotId;
 use grail_process::ExitCode;
 use grail_protocol::randomness::ChallengeRandomness;
 use grail_telemetry::{Format, Options};
 
-use crate::cli::{self, Cli, Command, ConfigArgs, MineArgs, VerifyArgs};
+use crate::cli::{self, Cli, Command, ConfigArgs, MineArgs, SlotArgs, StateArgs, StatusArgs, StopArgs, VerifyArgs};
+use crate::commands::control::{self, Form, Wait, Whereabouts};
 use crate::commands::local::LocalSettings;
 use crate::commands::verify::{FileOptions, JudgeSettings};
 use crate::commands::{CommandError, mine, verify};
 use crate::config::{Config, ConfigError, FlagValue, Inputs, Mode, Origin, env_example};
+use crate::fleet::SlotCommand;
+use crate::terminal::{is_reader_gone, note};
 use crate::verify::table;
 use grail_process::with_causes;
 
@@ -34,6 +38,12 @@ pub fn run() -> ExitCode {
     match &cli.command {
         Command::Mine(args) => mine_command(args, &inputs(args.flag_values()), cli.global.verbose),
         Command::Verify(args) => verify_command(args, &inputs(args.state.flag_values()), cli.global.verbose),
+        Command::Status(args) => status_command(args, &inputs(args.state.flag_values())),
+        Command::Restart(args) => slot_command(args, SlotCommand::Restart, &inputs(args.state.flag_values())),
+        Command::Drain(args) => slot_command(args, SlotCommand::Drain, &inputs(args.state.flag_values())),
+        Command::Quarantine(args) => slot_command(args, SlotCommand::Quarantine, &inputs(args.state.flag_values())),
+        Command::Release(args) => slot_command(args, SlotCommand::Release, &inputs(args.state.flag_values())),
+        Command::Stop(args) => stop_command(args, &inputs(args.state.flag_values())),
         Command::Config(args) => config_command(args, &inputs(Vec::new())),
         Command::Completions(args) => print(&cli::completions(args.shell)),
         Command::Man => match cli::manual() {
@@ -54,9 +64,9 @@ fn mine_command(args: &MineArgs, inputs: &Inputs, verbosity: u8) -> ExitCode {
         tracing::warn!("{warning}");
     }
     if !args.local {
-        eprintln!(
+        note(format_args!(
             "grail-supervisor: error: this build mines the embedded default only; run `grail-supervisor mine --local`"
-        );
+        ));
         return ExitCode::Configuration;
     }
     let settings = local_settings(args, &config);
@@ -92,6 +102,8 @@ fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
         max_concurrent: generation.max_concurrent.value.map(size),
         max_num_seqs: generation.max_num_seqs.value,
         server_timeout: generation.server_timeout.value,
+        shutdown_limit: limits.shutdown_timeout.value,
+        keep_windows: config.folders.keep_windows.value,
     }
 }
 
@@ -126,7 +138,7 @@ fn verify_command(args: &VerifyArgs, inputs: &Inputs, verbosity: u8) -> ExitCode
     let challenge = match args.challenge_randomness.as_deref().map(challenge_of).transpose() {
         Ok(challenge) => challenge,
         Err(detail) => {
-            eprintln!("grail-supervisor: error: --challenge-randomness: {detail}");
+            note(format_args!("grail-supervisor: error: --challenge-randomness: {detail}"));
             return ExitCode::Usage;
         }
     };
@@ -152,6 +164,46 @@ fn verify_command(args: &VerifyArgs, inputs: &Inputs, verbosity: u8) -> ExitCode
         let text = if json { to_json(&verified.report)? } else { table::render(&verified) };
         Ok((text, answer(verified.report.is_accepted())))
     })
+}
+
+fn status_command(args: &StatusArgs, inputs: &Inputs) -> ExitCode {
+    let form = form(args.json);
+    operate(&args.state, inputs, async |whereabouts| control::status(&whereabouts, form).await)
+}
+
+fn slot_command(args: &SlotArgs, command: SlotCommand, inputs: &Inputs) -> ExitCode {
+    let (slot, form) = (SlotId(args.slot), form(args.json));
+    operate(&args.state, inputs, async |whereabouts| control::slot(&whereabouts, slot, command, form).await)
+}
+
+fn stop_command(args: &StopArgs, inputs: &Inputs) -> ExitCode {
+    let (now, form) = (args.now, form(args.json));
+    let wait = if args.no_wait { Wait::No } else { Wait::UntilGone };
+    operate(&args.state, inputs, async |whereabouts| control::stop(&whereabouts, now, wait, form).await)
+}
+
+const fn form(json: bool) -> Form {
+    if json { Form::Json } else { Form::Text }
+}
+
+/// Runs a command that speaks to a running supervisor. Without a folder it is looked for in the default one, then in that of
+/// the embedded default.
+fn operate(
+    state: &StateArgs,
+    inputs: &Inputs,
+    command: impl AsyncFnOnce(Whereabouts) -> Result<String, CommandError>,
+) -> ExitCode {
+    let config = match Config::load(inputs, Mode::Local) {
+        Ok(config) => config,
+        Err(error) => return refuse(&error),
+    };
+    let mut folders = vec![config.folders.state.value.clone()];
+    if state.state_dir.is_none() {
+        folders.push(local_state_dir(&config));
+        folders.dedup();
+    }
+    let whereabouts = Whereabouts { folders, runtime_base: config.folders.runtime.value.clone() };
+    block_on(async { Ok((command(whereabouts).await?, ExitCode::Done)) })
 }
 
 fn challenge_of(text: &str) -> Result<ChallengeRandomness, String> {
@@ -181,7 +233,7 @@ fn config_command(args: &ConfigArgs, inputs: &Inputs) -> ExitCode {
 fn start_logging(config: &Config, verbosity: u8) {
     let options = Options { verbosity, format: Format::default(), directives: config.log.value.clone() };
     if let Err(error) = grail_telemetry::init(&options) {
-        eprintln!("grail-supervisor: warning: logging: {}", with_causes(&error));
+        note(format_args!("grail-supervisor: warning: logging: {}", with_causes(&error)));
     }
 }
 
@@ -190,13 +242,16 @@ fn block_on(work: impl Future<Output = Result<(String, ExitCode), CommandError>>
         Ok(runtime) => runtime,
         Err(error) => return fail(&CommandError::Runtime(error)),
     };
-    match runtime.block_on(work) {
+    let code = match runtime.block_on(work) {
         Ok((text, code)) => match print(text.as_bytes()) {
             ExitCode::Done => code,
             failed => failed,
         },
         Err(error) => fail(&error),
-    }
+    };
+    // What still runs is of no use any more, and waiting for it would keep a miner that is told to go at once.
+    runtime.shutdown_background();
+    code
 }
 
 fn to_json(value: &impl serde::Serialize) -> Result<String, CommandError> {
@@ -209,19 +264,19 @@ fn print(bytes: &[u8]) -> ExitCode {
     let mut out = std::io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
         Ok(()) => ExitCode::Done,
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::Done,
+        Err(error) if is_reader_gone(&error) => ExitCode::Done,
         Err(error) => fail(&CommandError::Output(error)),
     }
 }
 
 fn fail(error: &CommandError) -> ExitCode {
-    eprintln!("grail-supervisor: error: {}", with_causes(error));
+    note(format_args!("grail-supervisor: error: {}", with_causes(error)));
     error.exit_code()
 }
 
 fn refuse(error: &ConfigError) -> ExitCode {
-    eprintln!(
+    note(format_args!(
         "grail-supervisor: error: the configuration is wrong; `grail-supervisor config` shows all of it\n{error}"
-    );
+    ));
     ExitCode::Configuration
 }

@@ -50,9 +50,12 @@ pub struct GlobalArgs {
 pub enum Command {
     /// Mine windows until stopped.
     #[command(
-        long_about = "Mines windows until stopped. The first SIGINT or SIGTERM ends admission, finishes what is proved and \
-                            uploads the window if its deadline allows; a second one ends at once. Signed groups are in the \
-                            spool and survive every crash."
+        long_about = "Mines windows until stopped. The first SIGTERM, SIGINT or SIGHUP ends admission; what is under way is \
+                            finished, sealed and uploaded, for at most GRAIL_SHUTDOWN_TIMEOUT seconds. Then, or at a second \
+                            SIGTERM or SIGINT, what is spooled is sealed and uploaded and the rest is given up: exit status 0 \
+                            either way. A third one ends at once with exit status 75; signed groups are in the spool and \
+                            survive that as they survive every crash. `status`, `stop` and the commands for slots speak to \
+                            a miner that runs."
     )]
     Mine(MineArgs),
 
@@ -63,6 +66,41 @@ pub enum Command {
                             forward pass of our own. Exit status 0 if everything is accepted, else 1."
     )]
     Verify(VerifyArgs),
+
+    /// Show what the running supervisor is doing.
+    #[command(
+        long_about = "Shows what the running supervisor is doing: its window, its last upload, its generation server and its \
+                            proof workers, one line a slot. Exit status 69 if none runs in the state directory."
+    )]
+    Status(StatusArgs),
+
+    /// Start the proof worker of a slot anew.
+    #[command(
+        long_about = "Starts the proof worker of a slot anew. Groups that it has not proved go to other workers."
+    )]
+    Restart(SlotArgs),
+
+    /// Let a slot finish its groups and take no new ones.
+    #[command(
+        long_about = "Lets the proof worker of a slot finish its groups and gives it no new ones, until `release`."
+    )]
+    Drain(SlotArgs),
+
+    /// End the worker of a slot and keep the slot empty.
+    #[command(long_about = "Ends the proof worker of a slot and keeps the slot empty, until `release`.")]
+    Quarantine(SlotArgs),
+
+    /// Use a slot again that was drained, quarantined or given up.
+    #[command(long_about = "Uses a slot again that was drained or quarantined, by an operator or for its deaths.")]
+    Release(SlotArgs),
+
+    /// Tell the running supervisor to stop, and wait until it is gone.
+    #[command(
+        long_about = "Tells the running supervisor to stop, and waits until it is gone, naming on standard error what it \
+                            waits for. Groups under way are finished, sealed and uploaded first; with --now only what is \
+                            spooled is sealed and uploaded. Exit status 69 if none runs in the state directory."
+    )]
+    Stop(StopArgs),
 
     /// Show the configuration in force, and where each value comes from.
     #[command(
@@ -171,6 +209,51 @@ pub struct VerifyArgs {
     pub json: bool,
 }
 
+/// Options of `status`.
+#[derive(Debug, Clone, Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    pub state: StateArgs,
+
+    /// Print one JSON document instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of the commands for one slot.
+#[derive(Debug, Clone, Args)]
+pub struct SlotArgs {
+    /// Number of the slot, counted from 0 as `status` shows it.
+    #[arg(value_name = "SLOT")]
+    pub slot: u32,
+
+    #[command(flatten)]
+    pub state: StateArgs,
+
+    /// Print one JSON document instead of a sentence.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `stop`.
+#[derive(Debug, Clone, Args)]
+pub struct StopArgs {
+    /// Give up groups that are not spooled yet; seal and upload the others.
+    #[arg(long)]
+    pub now: bool,
+
+    /// Return as soon as the supervisor knows.
+    #[arg(long)]
+    pub no_wait: bool,
+
+    #[command(flatten)]
+    pub state: StateArgs,
+
+    /// Print one JSON document instead of a sentence.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Options of `config`.
 #[derive(Debug, Clone, Args)]
 pub struct ConfigArgs {
@@ -274,7 +357,7 @@ mod tests {
     #[test]
     fn help_texts() {
         insta::assert_snapshot!("help", long_help(&[]));
-        for name in ["mine", "verify", "config", "completions", "man"] {
+        for name in ["mine", "verify", "status", "restart", "stop", "config", "completions", "man"] {
             insta::assert_snapshot!(format!("help_{name}"), long_help(&[name]));
         }
     }
@@ -321,6 +404,9 @@ mod tests {
             &["config", "--json", "--example"],
             &["completions", "tcsh"],
             &["plan"],
+            &["restart"],
+            &["drain", "one"],
+            &["stop", "0"],
         ] {
             let error = parse(words).unwrap_err();
             assert_eq!(error.exit_code(), i32::from(ExitCode::Usage.number()), "{words:?}: {error}");
@@ -337,7 +423,15 @@ mod tests {
             assert!(script.contains("--challenge-randomness") || script.contains("challenge-randomness"), "{shell}");
         }
         let page = String::from_utf8(manual().unwrap()).unwrap();
-        for word in ["mine", "verify", "config", "completions", "temporary failure, start again"] {
+        for word in [
+            "mine",
+            "verify",
+            "status",
+            "quarantine",
+            "GRAIL_SHUTDOWN_TIMEOUT",
+            "config",
+            "temporary failure, start again",
+        ] {
             assert!(page.contains(word), "{word}");
         }
     }

@@ -36,6 +36,13 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
     write(path, &text)
 }
 
+/// Whether a write failed because there is no room: the disk, the quota or the limit on file sizes.
+#[must_use]
+pub fn is_full(error: &io::Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge)
+}
+
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
@@ -61,5 +68,19 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("missing").join("a");
         assert!(write(&path, b"x").is_err());
+    }
+
+    #[test]
+    fn the_three_ways_of_being_full() {
+        use nix::errno::Errno;
+        for (errno, full) in [
+            (Errno::ENOSPC, true),
+            (Errno::EDQUOT, true),
+            (Errno::EFBIG, true),
+            (Errno::EIO, false),
+            (Errno::EROFS, false),
+        ] {
+            assert_eq!(is_full(&io::Error::from_raw_os_error(errno as i32)), full, "{errno}");
+        }
     }
 }

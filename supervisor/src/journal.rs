@@ -1,14 +1,17 @@
 //! The journal: one JSON line for each thing that an operator, or a test, may ask about later.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use grail_protocol::ids::{BlockNumber, CheckpointWindow, GroupIndex, WeightsHash, WindowStart};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Clock;
+use crate::progress::{LastUpload, Progress};
 
 /// Name of the journal in the state directory.
 pub const FILE: &str = "journal.jsonl";
@@ -103,6 +106,8 @@ pub struct Journal {
     clock: Clock,
     /// The file ends inside a line.
     torn: bool,
+    /// Who follows what is recorded.
+    follower: Option<Arc<Progress>>,
 }
 
 fn ends_inside_a_line(file: &mut File) -> io::Result<bool> {
@@ -124,13 +129,22 @@ impl Journal {
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(state_dir.join(FILE))?;
         // A line that a crash or a full disk cut short must not swallow the next one.
         let torn = ends_inside_a_line(&mut file)?;
-        Ok(Self { file, clock, torn })
+        Ok(Self { file, clock, torn, follower: None })
+    }
+
+    /// Has `progress` hear of every event from now on.
+    #[must_use]
+    pub fn followed_by(self, progress: Arc<Progress>) -> Self {
+        Self { follower: Some(progress), ..self }
     }
 
     /// Appends one event, in one write, so that lines of a crash are whole or absent.
     pub fn record(&mut self, event: Event) {
         let since = self.clock.now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let line = Line { unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX), event };
+        if let Some(progress) = &self.follower {
+            progress.note(&line.event, line.unix_ms);
+        }
         let written = serde_json::to_vec(&line).map_err(io::Error::from).and_then(|mut text| {
             text.push(b'\n');
             if self.torn {
@@ -159,6 +173,36 @@ pub fn read(state_dir: &Path) -> io::Result<Vec<Event>> {
     Ok(text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()).map(|line| line.event).collect())
 }
 
+/// Every window whose upload was confirmed. Reads line by line: a journal of weeks is long.
+///
+/// # Errors
+/// If the file is there and cannot be read.
+pub fn uploads(state_dir: &Path) -> io::Result<BTreeMap<WindowStart, LastUpload>> {
+    let file = match File::open(state_dir.join(FILE)) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+        Err(error) => return Err(error),
+    };
+    let mut uploads = BTreeMap::new();
+    let mut reader = BufReader::new(file);
+    let mut text = Vec::new();
+    while reader.read_until(b'\n', &mut text)? > 0 {
+        // Most lines are of groups; they are not worth parsing here.
+        if contains(&text, b"window_uploaded")
+            && let Ok(line) = serde_json::from_slice::<Line>(&text)
+            && let Event::WindowUploaded { window, bytes, .. } = line.event
+        {
+            uploads.insert(window, LastUpload { window: window.block().0, bytes, unix_ms: line.unix_ms });
+        }
+        text.clear();
+    }
+    Ok(uploads)
+}
+
+fn contains(text: &[u8], word: &[u8]) -> bool {
+    text.windows(word.len()).any(|part| part == word)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,5 +218,19 @@ mod tests {
         let mut journal = Journal::open(state.path(), Clock::system()).unwrap();
         journal.record(stopped.clone());
         assert_eq!(read(state.path()).unwrap(), vec![started, stopped]);
+    }
+
+    #[test]
+    fn uploads_are_found_among_everything_else() {
+        let state = tempfile::tempdir().unwrap();
+        assert_eq!(uploads(state.path()).unwrap(), BTreeMap::new());
+        let progress = Arc::new(Progress::default());
+        let mut journal = Journal::open(state.path(), Clock::system()).unwrap().followed_by(progress.clone());
+        let window = |block| WindowStart::try_from(block).unwrap();
+        journal.record(Event::WindowUploaded { window: window(3_000), key: "k".into(), bytes: 7 });
+        journal.record(Event::WindowLost { window: window(3_030), reason: "window_uploaded".into() });
+        journal.file.write_all(b"{\"unix_ms\": 1, \"window_uploaded").unwrap();
+        let found = uploads(state.path()).unwrap();
+        assert_eq!(found.into_values().collect::<Vec<_>>(), [progress.last_upload().unwrap()]);
     }
 }

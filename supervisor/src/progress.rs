@@ -1,14 +1,17 @@
 //! What the miner is doing, for people: a line that follows it on a terminal, one line every few seconds otherwise.
 
 use std::io::IsTerminal;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use grail_protocol::constants::ROLLOUTS_PER_PROBLEM;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+use crate::journal::Event;
 
 const TERMINAL_TICK: Duration = Duration::from_millis(200);
 const PLAIN_TICK: Duration = Duration::from_secs(10);
@@ -20,9 +23,39 @@ pub enum Stage {
     Proving,
 }
 
+/// What the miner as a whole is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum Phase {
+    /// Children start on their first checkpoint.
+    Starting,
+    /// For the next window, or for what it needs.
+    Waiting,
+    Mining,
+    /// The window file is sealed and on its way to the store.
+    Uploading,
+    /// Children are being ended.
+    Ending,
+}
+
+impl Phase {
+    const ALL: [Self; 5] = [Self::Starting, Self::Waiting, Self::Mining, Self::Uploading, Self::Ending];
+}
+
+/// The last window whose file was confirmed in the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastUpload {
+    pub window: u64,
+    pub bytes: usize,
+    pub unix_ms: u64,
+}
+
 /// Counters of the running window.
 #[derive(Debug, Default)]
 pub struct Progress {
+    phase: AtomicU8,
+    last_upload: Mutex<Option<LastUpload>>,
     window: AtomicU64,
     blocks_left: AtomicU64,
     generating: AtomicUsize,
@@ -35,7 +68,7 @@ pub struct Progress {
 }
 
 /// One reading of [`Progress`].
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
     pub window: u64,
     pub blocks_left: u64,
@@ -67,6 +100,44 @@ impl std::fmt::Display for Snapshot {
 }
 
 impl Progress {
+    /// What is being done.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        let number = self.phase.load(Ordering::Relaxed);
+        Phase::ALL.into_iter().find(|phase| *phase as u8 == number).unwrap_or(Phase::Starting)
+    }
+
+    /// Notes what is being done.
+    pub fn enter_phase(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    /// The last window whose file was confirmed in the store, also of an earlier run.
+    #[must_use]
+    pub fn last_upload(&self) -> Option<LastUpload> {
+        self.last_upload.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Notes an upload of an earlier run.
+    pub fn remember_upload(&self, upload: LastUpload) {
+        *self.last_upload.lock().unwrap_or_else(PoisonError::into_inner) = Some(upload);
+    }
+
+    /// Follows the journal, which hears of every step of a window.
+    pub fn note(&self, event: &Event, unix_ms: u64) {
+        let phase = match event {
+            Event::WindowStarted { .. } => Phase::Mining,
+            Event::WindowSealed { .. } => Phase::Uploading,
+            Event::WindowUploaded { window, bytes, .. } => {
+                self.remember_upload(LastUpload { window: window.block().0, bytes: *bytes, unix_ms });
+                Phase::Waiting
+            }
+            Event::WindowLost { .. } | Event::WindowSkipped { .. } | Event::CheckpointActive { .. } => Phase::Waiting,
+            _ => return,
+        };
+        self.enter_phase(phase);
+    }
+
     /// Starts the counters of a window; `spooled` groups are there from before a restart.
     pub fn begin_window(&self, window: u64, spooled: usize, elapsed_ms: u64) {
         self.window.store(window, Ordering::Relaxed);
@@ -168,7 +239,7 @@ pub async fn show(progress: Arc<Progress>, started: Instant, stop: CancellationT
             _ = ticks.tick() => {}
         }
         let snapshot = progress.snapshot(elapsed_ms(started));
-        if snapshot.window == 0 {
+        if snapshot.window == 0 || progress.phase() != Phase::Mining {
             continue;
         }
         match &bar {
@@ -176,7 +247,7 @@ pub async fn show(progress: Arc<Progress>, started: Instant, stop: CancellationT
                 bar.set_message(snapshot.to_string());
                 bar.tick();
             }
-            None => eprintln!("{snapshot}"),
+            None => crate::terminal::note(format_args!("{snapshot}")),
         }
     }
     if let Some(bar) = bar {
@@ -207,5 +278,23 @@ mod tests {
         let reading = progress.snapshot(3_000);
         assert_eq!((reading.generating, reading.proving, reading.spooled), (0, 0, 3));
         assert!((reading.rollouts_per_second - 24.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_journal_tells_what_is_being_done() {
+        let window = grail_protocol::ids::WindowStart::try_from(3_000).unwrap();
+        let progress = Progress::default();
+        assert_eq!((progress.phase(), progress.last_upload()), (Phase::Starting, None));
+        let sealed = Event::WindowSealed { window, groups: 1, rollouts: 16, bytes: 9, sha256: String::new() };
+        progress.note(&sealed, 1);
+        assert_eq!(progress.phase(), Phase::Uploading);
+        progress.note(&Event::WindowUploaded { window, key: "k".into(), bytes: 9 }, 2);
+        progress.note(&Event::ServerLost { cause: "c".into() }, 3);
+        assert_eq!(progress.phase(), Phase::Waiting);
+        assert_eq!(progress.last_upload(), Some(LastUpload { window: 3_000, bytes: 9, unix_ms: 2 }));
+        for phase in Phase::ALL {
+            progress.enter_phase(phase);
+            assert_eq!(progress.phase(), phase);
+        }
     }
 }

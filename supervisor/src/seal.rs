@@ -33,7 +33,7 @@ pub enum SealError {
     ReadBack(#[from] ReadError),
     #[error("the window file would be refused: {0}")]
     Refused(Problem),
-    #[error("keep the window file in {}", path.display())]
+    #[error("keep a copy of the window file as {}: free space and start again", path.display())]
     Keep { path: PathBuf, source: std::io::Error },
 }
 

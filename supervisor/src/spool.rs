@@ -28,7 +28,7 @@ const MAX_RECORD_BYTES: u32 = 64 << 20;
 pub enum SpoolError {
     #[error("{action} {}", path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
-    #[error("no space left on the device of {}: free space; the {groups} groups that are spooled are safe", path.display())]
+    #[error("no space left for {}: free space and start again; the {groups} groups that are spooled are safe", path.display())]
     Full { path: PathBuf, groups: usize, source: io::Error },
     #[error("{} is no spool of this version; move it away", path.display())]
     NotASpool { path: PathBuf },
@@ -188,11 +188,10 @@ impl Spool {
         if let Err(source) = written {
             // Half a record must not stay in front of the next one.
             self.truncate(self.whole_bytes)?;
-            return Err(match source.kind() {
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                    SpoolError::Full { path: self.path.clone(), groups: self.groups, source }
-                }
-                _ => SpoolError::Io { action: "append to", path: self.path.clone(), source },
+            return Err(if durable::is_full(&source) {
+                SpoolError::Full { path: self.path.clone(), groups: self.groups, source }
+            } else {
+                SpoolError::Io { action: "append to", path: self.path.clone(), source }
             });
         }
         self.whole_bytes += bytes.len() as u64;
@@ -233,6 +232,31 @@ pub fn read(path: &Path) -> Result<(Option<SpoolHeader>, Vec<SpooledGroup>), Spo
         std::fs::read(path).map_err(|source| SpoolError::Io { action: "read", path: path.to_owned(), source })?;
     let parsed = parse(&content, path)?;
     Ok((parsed.header, parsed.groups))
+}
+
+/// How many groups a spool holds, by the lengths of its records alone: cheap, and unaware of damage.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn count_groups(path: &Path) -> io::Result<usize> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let mut place = MAGIC.len() as u64;
+    let mut records: usize = 0;
+    loop {
+        file.seek(SeekFrom::Start(place))?;
+        let mut prefix = [0; 4];
+        if let Err(error) = file.read_exact(&mut prefix) {
+            // The first record describes the window.
+            let end = error.kind() == io::ErrorKind::UnexpectedEof;
+            return if end { Ok(records.saturating_sub(1)) } else { Err(error) };
+        }
+        place += (4 + CHECKSUM_BYTES) as u64 + u64::from(u32::from_le_bytes(prefix));
+        if place > length {
+            return Ok(records.saturating_sub(1));
+        }
+        records += 1;
+    }
 }
 
 /// File of a window's spool.
@@ -375,6 +399,12 @@ mod tests {
         assert!(recovered.torn.is_none());
         spool.append(&group(3)).unwrap();
         assert_eq!(read(&path).unwrap().1.len(), 4);
+        assert_eq!(count_groups(&path).unwrap(), 4);
+        let content = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &content[..content.len() - 1]).unwrap();
+        assert_eq!(count_groups(&path).unwrap(), 3, "a torn group does not count");
+        std::fs::write(&path, b"").unwrap();
+        assert_eq!(count_groups(&path).unwrap(), 0);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use grail_protocol::ids::WindowStart;
 use grail_protocol::randomness::MinerRandomness;
@@ -11,6 +12,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::durable;
+use crate::terminal::printable;
 
 /// A state directory that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +20,8 @@ use crate::durable;
 pub enum StateError {
     #[error("{action} {}", path.display())]
     Io { action: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("no space left to {action} {}: free space and start again; what is spooled is safe", path.display())]
+    Full { action: &'static str, path: PathBuf, source: std::io::Error },
     #[error(
         "{} is in use by another supervisor ({holder}); stop that one first, or name another folder with --state-dir",
         path.display()
@@ -25,6 +29,15 @@ pub enum StateError {
     Held { path: PathBuf, holder: String },
     #[error("{} holds no window record of this version: {detail}; move it away", path.display())]
     Malformed { path: PathBuf, detail: String },
+}
+
+impl StateError {
+    /// A failure of the file system, with its own words where there is no room.
+    #[must_use]
+    pub fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
+        let path = path.to_owned();
+        if durable::is_full(&source) { Self::Full { action, path, source } } else { Self::Io { action, path, source } }
+    }
 }
 
 /// A locked state directory. The lock goes with the process, however it dies.
@@ -48,10 +61,7 @@ impl StateDir {
     /// # Errors
     /// [`StateError::Held`] if another supervisor has it, [`StateError::Io`] if it cannot be written.
     pub fn open(root: &Path) -> Result<Self, StateError> {
-        let io = |action| {
-            let path = root.to_owned();
-            move |source| StateError::Io { action, path, source }
-        };
+        let io = |action| move |source| StateError::io(action, root, source);
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -59,29 +69,7 @@ impl StateDir {
             .map_err(io("create the state directory"))?;
         // Contexts beside window files name other folders relative to their own, so the root must be absolute.
         let root = root.canonicalize().map_err(io("resolve the state directory"))?;
-        let path = root.join("lock");
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|source| StateError::Io { action: "open", path: path.clone(), source })?;
-        let mut holder = String::new();
-        let readable = file.read_to_string(&mut holder);
-        let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-            nix::errno::Errno::EWOULDBLOCK => StateError::Held {
-                path: path.clone(),
-                holder: if readable.is_ok() { holder.trim().to_owned() } else { "unknown".to_owned() },
-            },
-            errno => StateError::Io { action: "lock", path: path.clone(), source: errno.into() },
-        })?;
-        let holder = format!("pid {}\n", std::process::id());
-        lock.set_len(0)
-            .and_then(|()| lock.seek(SeekFrom::Start(0)))
-            .and_then(|_| lock.write_all(holder.as_bytes()))
-            .map_err(|source| StateError::Io { action: "write", path, source })?;
+        let lock = take_lock(&root.join("lock"))?;
         Ok(Self { root, _lock: lock })
     }
 
@@ -135,10 +123,41 @@ impl StateDir {
     /// If the disk refuses.
     pub fn keep_window_randomness(&self, record: &WindowRandomness) -> Result<(), StateError> {
         let path = randomness_path(&self.root, record.window);
-        let io = |source| StateError::Io { action: "write", path: path.clone(), source };
+        let io = |source| StateError::io("write", &path, source);
         std::fs::create_dir_all(self.root.join("randomness")).map_err(io)?;
         durable::write_json(&path, record).map_err(io)
     }
+}
+
+/// Takes the lock and writes into it who holds it, for whoever comes second.
+fn take_lock(path: &Path) -> Result<Flock<File>, StateError> {
+    let io = |action| move |source| StateError::io(action, path, source);
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let mut file = options.open(path).map_err(io("open"))?;
+    let mut holder = String::new();
+    let readable = file.read_to_string(&mut holder);
+    let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        nix::errno::Errno::EWOULDBLOCK => {
+            let known = readable.is_ok() && !holder.trim().is_empty();
+            let holder = if known { printable(holder.trim()) } else { "it has not written its name yet".to_owned() };
+            StateError::Held { path: path.to_owned(), holder }
+        }
+        errno => StateError::io("lock", path, errno.into()),
+    })?;
+    lock.set_len(0)
+        .and_then(|()| lock.seek(SeekFrom::Start(0)))
+        .and_then(|_| lock.write_all(holder_line().as_bytes()))
+        .map_err(io("write"))?;
+    Ok(lock)
+}
+
+/// Who this process is: pid, host and the time, since a state directory may be shared between hosts.
+fn holder_line() -> String {
+    let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    let since = chrono::DateTime::<chrono::Utc>::from(SystemTime::now());
+    let since = since.to_rfc3339_opts(chrono::SecondsFormat::Secs, true);
+    format!("pid {} on host {} since {since}\n", std::process::id(), host.as_deref().unwrap_or("unknown"))
 }
 
 /// Folder of sealed window files under a state directory.
@@ -177,9 +196,22 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let first = StateDir::open(folder.path()).unwrap();
         let error = StateDir::open(folder.path()).unwrap_err().to_string();
-        assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
+        let host = nix::unistd::gethostname().unwrap().into_string().unwrap();
+        let holder = format!("pid {} on host {host} since 2", std::process::id());
+        assert!(error.contains(&holder) && error.contains("--state-dir"), "{error}");
         drop(first);
         StateDir::open(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn a_full_disk_has_its_own_words() {
+        let error = |errno: nix::errno::Errno| StateError::io("write", Path::new("/s/lock"), errno.into()).to_string();
+        assert!(
+            error(nix::errno::Errno::ENOSPC).contains("/s/lock: free space"),
+            "{}",
+            error(nix::errno::Errno::ENOSPC)
+        );
+        assert_eq!(error(nix::errno::Errno::EROFS), "write /s/lock");
     }
 
     #[test]

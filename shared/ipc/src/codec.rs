@@ -7,6 +7,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::control::{FromSupervisor, ToSupervisor};
 use crate::framing::{FrameError, HEADER_BYTES, header};
 use crate::messages::{FromLauncher, FromWorker, ToLauncher, ToWorker};
 
@@ -20,7 +21,7 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// One of the four message enums: an adjacently tagged map `{t: kind, c: content}`.
+/// One of the message enums: an adjacently tagged map `{t: kind, c: content}`.
 pub trait Message: sealed::Sealed + Serialize + DeserializeOwned + Debug + Send + 'static {
     /// Name of the enum, for errors.
     const NAME: &'static str;
@@ -35,6 +36,20 @@ macro_rules! messages {
     )*};
 }
 messages!(ToWorker, FromWorker, ToLauncher, FromLauncher);
+
+/// What the content of a control message must be; the supervisor defines it.
+pub trait Content: Serialize + DeserializeOwned + Debug + Send + 'static {}
+impl<T: Serialize + DeserializeOwned + Debug + Send + 'static> Content for T {}
+
+impl<R: Content> sealed::Sealed for ToSupervisor<R> {}
+impl<R: Content> Message for ToSupervisor<R> {
+    const NAME: &'static str = "ToSupervisor";
+}
+
+impl<A: Content> sealed::Sealed for FromSupervisor<A> {}
+impl<A: Content> Message for FromSupervisor<A> {
+    const NAME: &'static str = "FromSupervisor";
+}
 
 /// A message that cannot be written or read.
 #[derive(Debug, thiserror::Error)]

@@ -42,6 +42,11 @@ impl<R: AsyncRead + Unpin, In: Message> MessageReader<R, In> {
         Self { io, decoder: FrameDecoder::default(), received: PhantomData }
     }
 
+    /// Reads frames from `io` and refuses those over `limit_bytes`.
+    pub fn with_limit(io: R, limit_bytes: usize) -> Self {
+        Self { io, decoder: FrameDecoder::with_limit(limit_bytes), received: PhantomData }
+    }
+
     /// The next message, or `None` once the peer has hung up between two frames. Safe to cancel: nothing that has arrived is
     /// lost.
     ///
@@ -144,6 +149,13 @@ impl<Out: Message, In: Message> Connection<Out, In> {
     pub fn new(stream: UnixStream) -> Self {
         let (read, write) = stream.into_split();
         Self { reader: MessageReader::new(read), writer: MessageWriter::new(write) }
+    }
+
+    /// [`Connection::new`] that refuses received frames over `limit_bytes`.
+    #[must_use]
+    pub fn with_limit(stream: UnixStream, limit_bytes: usize) -> Self {
+        let (read, write) = stream.into_split();
+        Self { reader: MessageReader::with_limit(read, limit_bytes), writer: MessageWriter::new(write) }
     }
 
     /// See [`MessageReader::recv`].

@@ -3,12 +3,13 @@
 //! A child listens on its own socket in a private folder, the supervisor connects: [`socket`]. Bytes become frames in
 //! [`framing`], frames become [`messages`] in [`codec`], and [`connection`] joins the two. After the [`handshake`] the
 //! supervisor speaks through [`worker_client`] or [`launcher_client`]: any number of requests in flight, answered in any order.
-//! [`jobs`] gives requests and answers their shapes.
+//! [`jobs`] gives requests and answers their shapes. [`control`] is how an operator's command speaks to a running supervisor.
 
 pub mod bulk;
 mod client;
 pub mod codec;
 pub mod connection;
+pub mod control;
 pub mod framing;
 pub mod generate_api;
 pub mod handshake;

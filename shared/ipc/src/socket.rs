@@ -91,6 +91,14 @@ pub fn check_uid(peer: Option<u32>, ours: u32) -> Result<(), PeerError> {
     }
 }
 
+/// Decides about a peer that gives orders to a supervisor: our own user, or root, who could do worse without asking.
+///
+/// # Errors
+/// [`PeerError`].
+pub fn check_operator(peer: Option<u32>, ours: u32) -> Result<(), PeerError> {
+    if peer == Some(0) { Ok(()) } else { check_uid(peer, ours) }
+}
+
 /// A folder of mode 0700 that belongs to us, for sockets.
 #[derive(Debug, Clone)]
 pub struct RuntimeFolder {
@@ -208,13 +216,23 @@ impl Listener {
     /// [`SocketError::Accept`].
     pub async fn accept(&self) -> Result<UnixStream, SocketError> {
         loop {
-            let stream =
-                self.inner.accept().await.map_err(|source| SocketError::Accept { path: self.path.clone(), source })?;
-            match check_uid(uid_of(&stream), geteuid().as_raw()) {
-                Ok(()) => return Ok(into_tokio(stream)),
+            let (stream, uid) = self.accept_any().await?;
+            match check_uid(uid, geteuid().as_raw()) {
+                Ok(()) => return Ok(stream),
                 Err(error) => warn!(socket = %self.path.display(), %error, "Refused a peer."),
             }
         }
+    }
+
+    /// The next peer, whoever it is, with its uid; the caller decides about it. Safe to cancel.
+    ///
+    /// # Errors
+    /// [`SocketError::Accept`].
+    pub async fn accept_any(&self) -> Result<(UnixStream, Option<u32>), SocketError> {
+        let stream =
+            self.inner.accept().await.map_err(|source| SocketError::Accept { path: self.path.clone(), source })?;
+        let uid = uid_of(&stream);
+        Ok((into_tokio(stream), uid))
     }
 }
 
@@ -223,6 +241,16 @@ impl Listener {
 /// # Errors
 /// [`SocketError::NobodyListens`] after `limit`, [`SocketError::Peer`], [`SocketError::Connect`] for what waiting does not cure.
 pub async fn connect(path: &Path, limit: Duration) -> Result<UnixStream, SocketError> {
+    let (stream, uid) = connect_any(path, limit).await?;
+    check_uid(uid, geteuid().as_raw())?;
+    Ok(stream)
+}
+
+/// [`connect`] without the check of the peer's uid, which is handed to the caller.
+///
+/// # Errors
+/// As [`connect`], but [`SocketError::Peer`].
+pub async fn connect_any(path: &Path, limit: Duration) -> Result<(UnixStream, Option<u32>), SocketError> {
     check_length(path)?;
     let mut last = None;
     let attempts = async {
@@ -241,8 +269,8 @@ pub async fn connect(path: &Path, limit: Duration) -> Result<UnixStream, SocketE
         return Err(SocketError::NobodyListens { path: path.to_owned(), limit, source: last });
     };
     let stream = attempt?;
-    check_uid(uid_of(&stream), geteuid().as_raw())?;
-    Ok(into_tokio(stream))
+    let uid = uid_of(&stream);
+    Ok((into_tokio(stream), uid))
 }
 
 fn is_curable(error: &io::Error) -> bool {

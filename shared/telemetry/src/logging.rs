@@ -95,7 +95,9 @@ pub fn init_with_writer<W>(options: &Options, writer: W, colours: bool) -> Resul
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
-    let builder = tracing_subscriber::fmt().with_env_filter(filter(options)?).with_writer(writer);
+    // A line that cannot be written is lost: telling standard error about it would panic once that is what has gone.
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter(options)?).with_writer(writer).log_internal_errors(false);
     let installed = match options.format {
         Format::Human => builder.with_ansi(colours).try_init(),
         Format::Json => builder.with_ansi(false).json().flatten_event(true).try_init(),

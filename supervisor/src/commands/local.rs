@@ -20,6 +20,7 @@ use crate::beacon::Beacon;
 use crate::chain::{Chain, LocalChain, LocalChainSettings};
 use crate::checkpoints::Checkpoints;
 use crate::clock::Clock;
+use crate::control::socket_base;
 use crate::demo::Demo;
 use crate::engine::{Engine, Limits};
 use crate::environments::EnvironmentSource;
@@ -28,7 +29,7 @@ use crate::gpus::cpu_pins;
 use crate::journal::{Event, Journal};
 use crate::miner::Miner;
 use crate::progress::Progress;
-use crate::state::StateDir;
+use crate::state::{StateDir, StateError};
 use crate::store::WindowStore;
 use crate::trainer::LocalTrainer;
 
@@ -54,6 +55,10 @@ pub struct LocalSettings {
     pub max_concurrent: Option<usize>,
     pub max_num_seqs: Option<u32>,
     pub server_timeout: Duration,
+    /// How long the groups under way may take once it is told to stop.
+    pub shutdown_limit: Duration,
+    /// How long the files of a window that is over are kept.
+    pub keep_windows: Duration,
 }
 
 /// Requests in flight at the builtin server when nothing else is configured: its own batch.
@@ -70,14 +75,9 @@ pub struct LocalWorld {
     pub started: Instant,
 }
 
-/// Longest base of the runtime folder: socket paths are limited to 107 bytes.
-const MAX_RUNTIME_BASE_BYTES: usize = 70;
-
-/// Folder for the sockets of this process: under `base`, or under the folder for temporary files where that is too long.
+/// Folder for the sockets of this process.
 pub(super) fn runtime_dir(base: &Path, purpose: &str) -> PathBuf {
-    let temporary = std::env::temp_dir();
-    let base = if base.as_os_str().len() > MAX_RUNTIME_BASE_BYTES { temporary.as_path() } else { base };
-    base.join(format!("grail-{purpose}-{}", std::process::id()))
+    socket_base(base).join(format!("grail-{purpose}-{}", std::process::id()))
 }
 
 /// Opens or makes the world of `settings`.
@@ -102,14 +102,16 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
     let chain: Arc<dyn Chain> = local.clone();
     let beacon = if settings.use_drand { Beacon::Local(local) } else { Beacon::BlockHashOnly };
 
-    let mut journal = Journal::open(state.root(), clock.clone()).map_err(|source| crate::state::StateError::Io {
-        action: "open the journal in",
-        path: state.root().to_owned(),
-        source,
-    })?;
+    let progress = Arc::new(Progress::default());
+    let in_state = |action| move |source| StateError::io(action, &settings.state_dir, source);
+    let uploads = crate::journal::uploads(state.root()).map_err(in_state("read the journal in"))?;
+    if let Some(upload) = uploads.into_values().next_back() {
+        progress.remember_upload(upload);
+    }
+    let journal = Journal::open(state.root(), clock.clone()).map_err(in_state("open the journal in"))?;
+    let mut journal = journal.followed_by(progress.clone());
     journal.record(Event::Started { pid: std::process::id(), build: env!("CARGO_PKG_VERSION").to_owned() });
     let (notes, events) = mpsc::unbounded_channel();
-    let progress = Arc::new(Progress::default());
     let started = Instant::now();
     let engine = Engine {
         chain: chain.clone(),

@@ -1,5 +1,6 @@
 //! What the subcommands do.
 
+pub mod control;
 pub mod local;
 pub mod mine;
 pub mod verify;
@@ -63,6 +64,21 @@ pub enum CommandError {
     Output(#[source] std::io::Error),
     #[error("start the asynchronous runtime")]
     Runtime(#[source] std::io::Error),
+    #[error("watch for signals")]
+    Signals(#[source] std::io::Error),
+    #[error("stopped at once; signed groups are in the spool, and the next start goes on with them")]
+    Abandoned,
+    #[error(
+        "no supervisor runs in {}; start one with `grail-supervisor mine`, or name its folder with --state-dir",
+        list(folders)
+    )]
+    NobodyThere { folders: Vec<std::path::PathBuf> },
+    #[error("the supervisor in {} does not answer to this user; run this as its user, or as root", folder.display())]
+    NotTheirs { folder: std::path::PathBuf, source: grail_ipc::control::ControlError },
+    #[error("the supervisor refuses")]
+    Refused { source: grail_ipc::control::ControlError },
+    #[error("speak to the supervisor in {}", folder.display())]
+    Control { folder: std::path::PathBuf, source: grail_ipc::control::ControlError },
 }
 
 impl CommandError {
@@ -78,7 +94,11 @@ impl CommandError {
             Self::LocalChain(error) => of_local_chain(error),
             Self::Chain(_) => ExitCode::Unavailable,
             Self::Demo(crate::demo::DemoError::Unpack { .. }) | Self::Store { .. } => ExitCode::CannotWrite,
-            Self::Demo(_) | Self::Key(_) | Self::Runtime(_) => ExitCode::Bug,
+            Self::Demo(_) | Self::Key(_) | Self::Runtime(_) | Self::Signals(_) => ExitCode::Bug,
+            Self::Abandoned | Self::Control { .. } => ExitCode::Temporary,
+            Self::NobodyThere { .. } => ExitCode::Unavailable,
+            Self::NotTheirs { .. } => ExitCode::NotPermitted,
+            Self::Refused { .. } => ExitCode::No,
             Self::Trainer(_) | Self::Cache(_) | Self::Output(_) => ExitCode::CannotWrite,
             Self::Fleet(error) => of_fleet(error),
             Self::Child(_) => ExitCode::MissingInput,
@@ -90,6 +110,10 @@ impl CommandError {
             Self::WindowFile { .. } | Self::NoContext { .. } => ExitCode::MissingInput,
         }
     }
+}
+
+fn list(folders: &[std::path::PathBuf]) -> String {
+    folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(" or ")
 }
 
 fn of_local_chain(error: &LocalChainError) -> ExitCode {

@@ -15,6 +15,7 @@ use super::resolve::{
 use super::variables::{Standing, all};
 
 const MIB: u64 = 1 << 20;
+const SECONDS_PER_DAY: u64 = 86_400;
 /// Widths of the fields of the commitment on chain, in bytes.
 const ACCOUNT_WIDTH: usize = 32;
 const ACCESS_KEY_WIDTH: usize = 32;
@@ -292,6 +293,8 @@ pub struct MiningLimits {
     pub max_groups: Sourced<u32>,
     pub max_file_bytes: Sourced<u64>,
     pub upload_timeout: Sourced<Duration>,
+    /// From the first signal to the end of the groups under way.
+    pub shutdown_timeout: Sourced<Duration>,
 }
 
 impl MiningLimits {
@@ -303,6 +306,7 @@ impl MiningLimits {
                 .value("GRAIL_MAX_FILE_MIB", integer::<u64>(1, 350), plainly)
                 .map(|mebibytes| mebibytes * MIB),
             upload_timeout: resolver.value("UPLOAD_TIMEOUT", seconds(3_600.0), show_seconds),
+            shutdown_timeout: resolver.value("GRAIL_SHUTDOWN_TIMEOUT", seconds(3_600.0), show_seconds),
         }
     }
 }
@@ -313,6 +317,8 @@ pub struct Folders {
     pub cache: Sourced<PathBuf>,
     pub state: Sourced<PathBuf>,
     pub runtime: Sourced<PathBuf>,
+    /// How long the files of a window that is over are kept.
+    pub keep_windows: Sourced<Duration>,
 }
 
 impl Folders {
@@ -337,7 +343,9 @@ impl Folders {
             Sourced { value: base.unwrap_or_else(|| state.value.join("run")), origin: Origin::Default }
         });
         resolver.report_value("GRAIL_RUNTIME_DIR", runtime.value.display().to_string());
-        Self { cache, state, runtime }
+        let days = resolver.value("GRAIL_KEEP_WINDOWS_DAYS", integer::<u64>(1, 3_650), plainly);
+        let keep_windows = days.map(|days| Duration::from_secs(days * SECONDS_PER_DAY));
+        Self { cache, state, runtime, keep_windows }
     }
 
     /// Cache of downloaded checkpoints.

@@ -229,6 +229,12 @@ pub const SECTIONS: &[Section] = &[
                 "330",
                 "Estimated size at which a window file is full, in MiB; validators refuse more than 350.",
             ),
+            with_default(
+                "GRAIL_SHUTDOWN_TIMEOUT",
+                "120",
+                "How long the groups under way may take after the first SIGTERM, SIGINT or SIGHUP, in seconds; then what is \
+                 spooled is sealed and uploaded.",
+            ),
         ],
     },
     Section {
@@ -244,6 +250,11 @@ pub const SECTIONS: &[Section] = &[
                 "GRAIL_RUNTIME_DIR",
                 "$XDG_RUNTIME_DIR/grail-supervisor or run in the state folder",
                 "Sockets of the child processes.",
+            ),
+            with_default(
+                "GRAIL_KEEP_WINDOWS_DAYS",
+                "7",
+                "Days after which the spool, the file and the randomness of a window that is over are removed.",
             ),
         ],
     },

@@ -229,6 +229,15 @@ pub struct FleetHandle {
 }
 
 impl FleetHandle {
+    /// A fleet that has no children.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    #[cfg(test)]
+    pub(crate) fn without_children() -> Self {
+        Self { controls: Arc::default(), queue: ProofQueue::start() }
+    }
+
     /// State of every slot.
     #[must_use]
     pub fn slots(&self) -> Vec<SlotStatus> {
