@@ -11,6 +11,7 @@ use grail_protocol::randomness::ChallengeRandomness;
 use grail_protocol::validation::{CheapCheck, Problem, ProofOutput, ValidationContext, cheap_checks};
 use grail_protocol::window_file::{Commit, Header, ReadError, Rollout, Row, WriteError, read_bytes, write_file};
 use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 
 use crate::durable;
 use crate::group::WindowParts;
@@ -42,6 +43,8 @@ pub struct Sealed {
     pub content: Bytes,
     /// The groups in it, ascending.
     pub groups: Vec<SpooledGroup>,
+    /// Digest of the content, in hexadecimal.
+    pub sha256: String,
 }
 
 /// What a group will add to the file, roughly.
@@ -67,7 +70,8 @@ pub fn seal(mut groups: Vec<SpooledGroup>, parts: &WindowParts) -> Result<Sealed
         let content = write(&groups, &unpacked, parts)?;
         let problems = check(content.clone(), &groups, &unpacked, parts)?;
         if problems.is_empty() {
-            return Ok(Sealed { content, groups });
+            let sha256 = hex::encode(Sha256::digest(&content));
+            return Ok(Sealed { content, groups, sha256 });
         }
         let before = groups.len();
         groups.retain(|group| {
