@@ -15,7 +15,7 @@ use crate::commands::local::LocalSettings;
 use crate::commands::verify::{FileOptions, JudgeSettings};
 use crate::commands::{CommandError, mine, verify};
 use crate::config::{Config, ConfigError, FlagValue, Inputs, Mode, Origin, env_example};
-use crate::fleet::SlotCommand;
+use crate::fleet::{Heartbeat, SlotCommand, SlotLimits};
 use crate::terminal::{is_reader_gone, note};
 use crate::verify::table;
 use grail_process::with_causes;
@@ -94,6 +94,7 @@ fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
         use_drand: !args.no_drand,
         trainer: !args.no_trainer,
         workers: config.proof.cpu_workers.value,
+        slot_limits: slot_limits(config),
         open_groups: generation.groups_per_batch.value.map(size),
         max_groups: size(max_groups),
         max_file_bytes: limits.max_file_bytes.value,
@@ -104,6 +105,16 @@ fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
         server_timeout: generation.server_timeout.value,
         shutdown_limit: limits.shutdown_timeout.value,
         keep_windows: config.folders.keep_windows.value,
+    }
+}
+
+fn slot_limits(config: &Config) -> SlotLimits {
+    let proof = &config.proof;
+    SlotLimits {
+        start: proof.start_timeout.value,
+        prove: proof.prove_timeout.value,
+        heartbeat: Heartbeat { every: proof.heartbeat_interval.value, limit: proof.heartbeat_timeout.value },
+        ..SlotLimits::default()
     }
 }
 

@@ -387,7 +387,8 @@ mod tests {
         for _ in 0..5 {
             run(&mut machine, now, [Event::Gone(killed()), Event::DelayOver]);
         }
-        assert_eq!(run(&mut machine, now, [Event::Gone(killed())]), None);
+        let release = Command::Wait { delay: Duration::from_secs(600) };
+        assert_eq!(run(&mut machine, now, [Event::Gone(killed())]), Some(release));
         let State::GaveUp(reason @ GiveUp::TooOften { .. }) = machine.state() else { panic!("{:?}", machine.state()) };
         assert_eq!(reason.to_string(), "died more than 5 times in 60s, last: killed by SIGSEGV");
         assert_eq!(run(&mut machine, now, [Event::Restart]), None);

@@ -255,7 +255,8 @@ pub fn supervise<R: Role>(role: R, policy: ChildPolicy) -> (Supervised, Events<R
     let (events, inbox) = mpsc::unbounded_channel();
     let (requests, asked) = mpsc::unbounded_channel();
     let machine = Machine::new(policy.restart.clone(), policy.last_incarnation);
-    let (publish, state) = watch::channel(machine.state().clone());
+    // It is wanted from its birth; nobody must take the moment before its first start for an end.
+    let (publish, state) = watch::channel(State::Starting);
     let span = info_span!("child", name = %policy.name);
     let chance = Chance::new(policy.jitter_seed);
     let keeper = Keeper { role, policy, machine, events, publish, life: Life::None, chance };

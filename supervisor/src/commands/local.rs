@@ -24,7 +24,7 @@ use crate::control::socket_base;
 use crate::demo::Demo;
 use crate::engine::{Engine, Limits};
 use crate::environments::EnvironmentSource;
-use crate::fleet::{Fleet, FleetSettings, Heartbeat, ServerSettings, SlotLimits, WorkerSettings, sibling_program};
+use crate::fleet::{Fleet, FleetSettings, ServerSettings, SlotLimits, WorkerSettings, sibling_program};
 use crate::gpus::cpu_pins;
 use crate::journal::{Event, Journal};
 use crate::miner::Miner;
@@ -47,6 +47,7 @@ pub struct LocalSettings {
     /// Whether the demo checkpoints are published into the local store; without, it must hold some.
     pub trainer: bool,
     pub workers: u32,
+    pub slot_limits: SlotLimits,
     pub open_groups: Option<usize>,
     pub max_groups: usize,
     pub max_file_bytes: u64,
@@ -165,6 +166,7 @@ fn fleet_settings(settings: &LocalSettings) -> Result<FleetSettings, CommandErro
         runtime_dir: runtime_dir(&settings.runtime_base, "mine"),
         workers: WorkerSettings {
             delegation: delegation.clone(),
+            limits: settings.slot_limits.clone(),
             ..cpu_workers(settings.workers, &settings.child_variables)?
         },
         server: ServerSettings {
@@ -179,7 +181,7 @@ fn fleet_settings(settings: &LocalSettings) -> Result<FleetSettings, CommandErro
             start_limit: settings.server_timeout,
             max_concurrent: settings.max_concurrent.unwrap_or(BUILTIN_CONCURRENT),
             request_limit: settings.server_timeout,
-            heartbeat: Heartbeat::default(),
+            heartbeat: settings.slot_limits.heartbeat,
             restart: RestartPolicy::default(),
             delegation,
         },

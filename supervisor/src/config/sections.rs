@@ -270,6 +270,13 @@ pub struct ProofConfig {
     pub cpu_workers: Sourced<u32>,
     /// Folder with `libtorch_cuda.so`.
     pub libtorch_dir: Sourced<Option<PathBuf>>,
+    /// How long a worker may take to load its model.
+    pub start_timeout: Sourced<Duration>,
+    /// How long a worker may take to prove a group.
+    pub prove_timeout: Sourced<Duration>,
+    /// How often children are asked for a sign of life, and how long the answer may take.
+    pub heartbeat_interval: Sourced<Duration>,
+    pub heartbeat_timeout: Sourced<Duration>,
 }
 
 impl ProofConfig {
@@ -281,6 +288,10 @@ impl ProofConfig {
             gpus: present(list).map_or(ProofGpus::Single(single), ProofGpus::List),
             cpu_workers: resolver.value("GRAIL_PROOF_WORKERS", integer(1, 64), plainly),
             libtorch_dir: resolver.folder("GRAIL_LIBTORCH_DIR"),
+            start_timeout: resolver.value("GRAIL_WORKER_START_TIMEOUT", seconds(3_600.0), show_seconds),
+            prove_timeout: resolver.value("GRAIL_WORKER_PROVE_TIMEOUT", seconds(3_600.0), show_seconds),
+            heartbeat_interval: resolver.value("GRAIL_HEARTBEAT_INTERVAL", seconds(600.0), show_seconds),
+            heartbeat_timeout: resolver.value("GRAIL_HEARTBEAT_TIMEOUT", seconds(3_600.0), show_seconds),
         }
     }
 }

@@ -208,6 +208,26 @@ pub const SECTIONS: &[Section] = &[
                 "the torch of python3 on PATH, if it has one",
                 "Folder with libtorch_cuda.so, for proofs on a GPU.",
             ),
+            with_default(
+                "GRAIL_WORKER_START_TIMEOUT",
+                "180",
+                "How long a worker may take to load its model, in seconds; a slower one is started anew.",
+            ),
+            with_default(
+                "GRAIL_WORKER_PROVE_TIMEOUT",
+                "600",
+                "How long a worker may take to prove a group, in seconds; a slower one is replaced.",
+            ),
+            with_default(
+                "GRAIL_HEARTBEAT_INTERVAL",
+                "5",
+                "Pause between two signs of life that a child process is asked for, in seconds.",
+            ),
+            with_default(
+                "GRAIL_HEARTBEAT_TIMEOUT",
+                "30",
+                "Seconds without a sign of life after which a worker, a launcher or a generation server is replaced.",
+            ),
             no_effect("KERNEL_EVAL_GPU_IDS", "has no effect: no environment of this version evaluates on a GPU"),
         ],
     },
