@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use grail_ipc::jobs::{GroupProof, ProveJob, RowFacts, VerifyJob};
 use grail_ipc::messages::RequestId;
+use grail_process::fault::{Act, Armed, Point};
 use grail_protocol::ids::WeightsHash;
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 use tokio::time::Instant;
@@ -70,6 +71,7 @@ pub struct Compute {
     work: mpsc::Sender<Work>,
     known: Arc<Known>,
     loader: Arc<dyn Loader>,
+    faults: Arc<Armed>,
     thread: JoinHandle<()>,
     device: String,
 }
@@ -85,19 +87,23 @@ impl Compute {
     ///
     /// # Errors
     /// What loading says; [`WorkerError::Start`] if there can be no thread.
-    pub async fn start(loader: Arc<dyn Loader>, folder: PathBuf) -> Result<Self, WorkerError> {
+    pub async fn start(loader: Arc<dyn Loader>, folder: PathBuf, faults: Arc<Armed>) -> Result<Self, WorkerError> {
         let (work, inbox) = mpsc::channel();
         let (report, loaded) = oneshot::channel();
         let known = Arc::new(Known::default());
-        let (of_thread, loads) = (Arc::clone(&known), Arc::clone(&loader));
-        let life = move || match loads.load(&folder) {
-            Ok(prover) => {
-                of_thread.set_weights(prover.weights());
-                if report.send(Ok(prover.device())).is_ok() {
-                    compute(prover, &inbox, &of_thread);
+        let (of_thread, loads, goes_wrong) = (Arc::clone(&known), Arc::clone(&loader), Arc::clone(&faults));
+        let life = move || {
+            goes_wrong.pass(Point::Starting);
+            match loads.load(&folder) {
+                Ok(prover) => {
+                    goes_wrong.pass(Point::Loaded);
+                    of_thread.set_weights(prover.weights());
+                    if report.send(Ok(prover.device())).is_ok() {
+                        compute(prover, &inbox, &of_thread, &goes_wrong);
+                    }
                 }
+                Err(error) => drop(report.send(Err(error))),
             }
-            Err(error) => drop(report.send(Err(error))),
         };
         let thread = std::thread::Builder::new()
             .name("grail-compute".into())
@@ -105,7 +111,7 @@ impl Compute {
             .map_err(|source| WorkerError::Start { what: "start the computing thread", source })?;
         let gone = || WorkerError::Bug { detail: "the computing thread panicked while it loaded the model".to_owned() };
         let device = loaded.await.map_err(|_| gone())??;
-        Ok(Self { work, known, loader, thread, device })
+        Ok(Self { work, known, loader, faults, thread, device })
     }
 
     /// Where the model lies.
@@ -153,10 +159,13 @@ impl Compute {
         expected: WeightsHash,
         outcomes: Outcomes,
     ) -> Result<(), WorkerError> {
-        let (loader, work) = (Arc::clone(&self.loader), self.work.clone());
-        let load = move || match load_expected(&*loader, &folder, expected) {
-            Ok(prover) => drop(work.send(Work::Install { id, prover, outcomes })),
-            Err(error) => drop(outcomes.send(Outcome::Failed { id, error })),
+        let (loader, faults, work) = (Arc::clone(&self.loader), Arc::clone(&self.faults), self.work.clone());
+        let load = move || {
+            faults.pass(Point::Reload);
+            match load_expected(&*loader, &folder, expected) {
+                Ok(prover) => drop(work.send(Work::Install { id, prover, outcomes })),
+                Err(error) => drop(outcomes.send(Outcome::Failed { id, error })),
+            }
         };
         std::thread::Builder::new()
             .name("grail-reload".into())
@@ -199,7 +208,7 @@ fn load_expected(loader: &dyn Loader, folder: &Path, expected: WeightsHash) -> R
     Ok(prover)
 }
 
-fn compute(mut prover: Box<dyn Prover>, inbox: &mpsc::Receiver<Work>, known: &Known) {
+fn compute(mut prover: Box<dyn Prover>, inbox: &mpsc::Receiver<Work>, known: &Known, faults: &Armed) {
     while let Ok(work) = inbox.recv() {
         let (outcome, outcomes) = match work {
             Work::Prove { outcomes, .. } | Work::Verify { outcomes, .. } if outcomes.is_closed() => {
@@ -207,7 +216,10 @@ fn compute(mut prover: Box<dyn Prover>, inbox: &mpsc::Receiver<Work>, known: &Kn
                 continue;
             }
             Work::Prove { id, job, outcomes } => {
-                let proved = guarded(&*prover, job.weights, || prover.prove(&job));
+                let proved = guarded(&*prover, job.weights, || {
+                    injected(faults.reach(Point::MidProof))?;
+                    prover.prove(&job)
+                });
                 if let Ok(proof) = &proved {
                     known.groups.fetch_add(1, Ordering::Relaxed);
                     let members = u64::try_from(proof.members.len()).unwrap_or(u64::MAX);
@@ -249,6 +261,21 @@ fn guarded<T>(
     }
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|panic| Err(ComputeError::Panicked { detail: panic_text(&*panic) }))
+}
+
+/// What a fault on the computing thread makes of a proof.
+fn injected(act: Option<Act>) -> Result<(), ComputeError> {
+    let detail = "injected by GRAIL_FAULT".to_owned();
+    match act {
+        None => Ok(()),
+        Some(Act::Oom) => Err(ComputeError::OutOfMemory { detail }),
+        Some(Act::Poison) => Err(ComputeError::Poisoned { detail }),
+        Some(Act::Nan) => Err(ComputeError::NonFinite { detail }),
+        Some(act) => {
+            act.befall_process();
+            Ok(())
+        }
+    }
 }
 
 fn failed(id: RequestId, error: ComputeError) -> Outcome {

@@ -7,6 +7,7 @@ use grail_ipc::handshake::HandshakeError;
 use grail_ipc::socket::SocketError;
 use grail_model::LoadError;
 use grail_process::ExitCode;
+use grail_process::fault::FaultError;
 
 /// A failure that ends the program. Texts read after "failed to".
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +39,8 @@ pub enum WorkerError {
     Connection(#[from] grail_ipc::ConnectionError),
     #[error("serve: device is of no use any more: {detail}")]
     Poisoned { detail: String },
+    #[error("serve: out of device memory twice in a row: {detail}")]
+    OutOfMemory { detail: String },
     #[error("serve: {detail}")]
     Bug { detail: String },
     #[error("start: {what}")]
@@ -46,6 +49,8 @@ pub enum WorkerError {
         #[source]
         source: io::Error,
     },
+    #[error(transparent)]
+    Fault(#[from] FaultError),
     #[error("read {}", path.display())]
     Input {
         path: PathBuf,
@@ -67,14 +72,16 @@ impl WorkerError {
             Self::Load { source: LoadError::Torch(_), .. } => ExitCode::Temporary,
             Self::Load { .. } | Self::Line { .. } => ExitCode::BadData,
             Self::NoDevice { .. } => ExitCode::Configuration,
-            Self::Token { .. } => ExitCode::Usage,
+            Self::Token { .. } | Self::Fault(_) => ExitCode::Usage,
             Self::Socket(SocketError::FolderNotPrivate { .. } | SocketError::PathTooLong { .. }) => {
                 ExitCode::Configuration
             }
             Self::Socket(_) | Self::Output(_) => ExitCode::CannotWrite,
-            Self::Nobody { .. } | Self::Connection(_) | Self::Poisoned { .. } | Self::Start { .. } => {
-                ExitCode::Temporary
-            }
+            Self::Nobody { .. }
+            | Self::Connection(_)
+            | Self::Poisoned { .. }
+            | Self::OutOfMemory { .. }
+            | Self::Start { .. } => ExitCode::Temporary,
             Self::Handshake(HandshakeError::Version { .. }) => ExitCode::Usage,
             Self::Handshake(_) => ExitCode::Temporary,
             Self::Bug { .. } => ExitCode::Bug,

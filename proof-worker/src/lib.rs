@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod compute;
 mod error;
+mod fault;
 pub mod prove_file;
 pub mod prover;
 pub mod serve;

@@ -3,16 +3,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use grail_ipc::connection::ConnectionError;
 use grail_ipc::handshake::{self, HandshakeError};
-use grail_ipc::messages::{Epoch, FromWorker, Hello, PROTOCOL_VERSION, SlotId, ToWorker};
+use grail_ipc::messages::{Epoch, FromWorker, Hello, PROTOCOL_VERSION, SlotId, ToWorker, Welcome};
 use grail_ipc::socket::{Folder, Listener};
 use grail_ipc::token::Token;
+use grail_process::fault::{Armed, FaultPlan, Point, VARIABLE};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
 use crate::cli::ServeArguments;
 use crate::compute::Compute;
 use crate::error::WorkerError;
+use crate::fault::{self, SpoiltHello};
 use crate::prover::Loader;
 use crate::session::{SessionEnd, serve_peer};
 use crate::torch::TorchLoader;
@@ -31,6 +36,11 @@ const BATCH_LIMIT: Duration = Duration::from_secs(2);
 /// # Errors
 /// [`WorkerError`].
 pub fn run(arguments: ServeArguments) -> Result<(), WorkerError> {
+    let plan = FaultPlan::from_environment()?;
+    if !plan.is_empty() {
+        warn!(variable = VARIABLE, faults = %plan, "Faults will be injected into this worker.");
+    }
+    let faults = Arc::new(plan.armed(arguments.slot, arguments.epoch));
     let token = match arguments.token_fd {
         Some(descriptor) => {
             Some(Token::read_from_number(descriptor).map_err(|source| WorkerError::Token { descriptor, source })?)
@@ -42,13 +52,13 @@ pub fn run(arguments: ServeArguments) -> Result<(), WorkerError> {
         .enable_all()
         .build()
         .map_err(|source| WorkerError::Start { what: "start the I/O runtime", source })?;
-    let served = runtime.block_on(serve(&arguments, token, Arc::new(loader)));
+    let served = runtime.block_on(serve(&arguments, token, Arc::new(loader), faults));
     // The loading of a model may still run; the process ends without it.
     runtime.shutdown_background();
     served
 }
 
-/// Serves with the provers that `loader` makes.
+/// Serves with the provers that `loader` makes, and does wrong what `faults` say.
 ///
 /// # Errors
 /// [`WorkerError`].
@@ -56,19 +66,20 @@ pub async fn serve(
     arguments: &ServeArguments,
     token: Option<Token>,
     loader: Arc<dyn Loader>,
+    faults: Arc<Armed>,
 ) -> Result<(), WorkerError> {
     let mut stop = StopSignals::new()?;
     let folder = if token.is_some() { Folder::Private } else { Folder::Any };
     // Bound before the model is loaded, so that a supervisor can connect at once and wait for the hello.
     let listener = Listener::bind(&arguments.socket, folder).await?;
     let compute = tokio::select! {
-        compute = Compute::start(loader, arguments.model.folder.clone()) => compute?,
+        compute = Compute::start(loader, arguments.model.folder.clone(), Arc::clone(&faults)) => compute?,
         name = stop.next() => {
             info!(signal = name, "Told to end while the model was loaded.");
             return Ok(());
         }
     };
-    let place = Place { slot: SlotId(arguments.slot), epoch: Epoch(arguments.epoch) };
+    let place = Place { slot: SlotId(arguments.slot), epoch: Epoch(arguments.epoch), faults: &faults };
     let served = tokio::select! {
         served = serve_peers(listener, &compute, place, token) => served,
         name = stop.next() => {
@@ -82,17 +93,18 @@ pub async fn serve(
     served
 }
 
-/// Who this worker is.
+/// Who this worker is, and what it does wrong.
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct Place<'f> {
     slot: SlotId,
     epoch: Epoch,
+    faults: &'f Armed,
 }
 
 async fn serve_peers(
     listener: Listener,
     compute: &Compute,
-    place: Place,
+    place: Place<'_>,
     token: Option<Token>,
 ) -> Result<(), WorkerError> {
     match token {
@@ -102,7 +114,7 @@ async fn serve_peers(
             let connection = greeted.map_err(|_| WorkerError::Nobody { seconds: limit.as_secs() })??;
             // Unlinks the path: nobody else is to come.
             drop(listener);
-            match serve_peer(connection, compute, place.epoch).await? {
+            match serve_peer(connection, compute, place.epoch, place.faults).await? {
                 SessionEnd::HungUp => info!("The supervisor hung up."),
                 SessionEnd::Shutdown => {}
             }
@@ -118,13 +130,12 @@ type Peer = grail_ipc::Connection<FromWorker, ToWorker>;
 async fn greet_supervisor(
     listener: &Listener,
     compute: &Compute,
-    place: Place,
+    place: Place<'_>,
     token: &Token,
 ) -> Result<Peer, WorkerError> {
     loop {
         let stream = listener.accept().await?;
-        let greeting = handshake::greet(stream, hello(compute, place, token.as_bytes()), WELCOME_LIMIT).await;
-        match greeting {
+        match greet(stream, hello(compute, place, token.as_bytes()), place.faults).await {
             Ok((connection, welcome)) => {
                 info!(slot = %place.slot, epoch = %place.epoch, supervisor = welcome.build, "Serving.");
                 return Ok(connection);
@@ -135,11 +146,15 @@ async fn greet_supervisor(
     }
 }
 
-async fn serve_one_after_the_other(listener: &Listener, compute: &Compute, place: Place) -> Result<(), WorkerError> {
+async fn serve_one_after_the_other(
+    listener: &Listener,
+    compute: &Compute,
+    place: Place<'_>,
+) -> Result<(), WorkerError> {
     info!(socket = %listener.path().display(), device = compute.device(), "Waiting for peers.");
     loop {
         let stream = listener.accept().await?;
-        let (connection, welcome) = match handshake::greet(stream, hello(compute, place, &[]), WELCOME_LIMIT).await {
+        let (connection, welcome) = match greet(stream, hello(compute, place, &[]), place.faults).await {
             Ok(greeted) => greeted,
             Err(error) => {
                 warn!(%error, "A peer did not answer the hello.");
@@ -147,7 +162,7 @@ async fn serve_one_after_the_other(listener: &Listener, compute: &Compute, place
             }
         };
         info!(peer = welcome.build, "Serving a peer.");
-        match serve_peer(connection, compute, place.epoch).await {
+        match serve_peer(connection, compute, place.epoch, place.faults).await {
             Ok(SessionEnd::HungUp) => info!("The peer hung up; waiting for the next."),
             Ok(SessionEnd::Shutdown) => return Ok(()),
             Err(WorkerError::Connection(error)) => {
@@ -161,7 +176,22 @@ async fn serve_one_after_the_other(listener: &Listener, compute: &Compute, place
     }
 }
 
-fn hello(compute: &Compute, place: Place, token: &[u8]) -> Hello {
+async fn greet(mut stream: UnixStream, mut hello: Hello, faults: &Armed) -> Result<(Peer, Welcome), HandshakeError> {
+    match faults.reach(Point::Hello) {
+        None => {}
+        Some(act) if act.is_of_process() => act.befall_process(),
+        Some(act) => match fault::spoil_hello(act, hello).map_err(ConnectionError::from)? {
+            SpoiltHello::Message(spoilt) => hello = spoilt,
+            SpoiltHello::Bytes(bytes) => {
+                stream.write_all(&bytes).await.map_err(ConnectionError::Write)?;
+                return Err(HandshakeError::HungUp { awaited: "welcome" });
+            }
+        },
+    }
+    handshake::greet(stream, hello, WELCOME_LIMIT).await
+}
+
+fn hello(compute: &Compute, place: Place<'_>, token: &[u8]) -> Hello {
     Hello {
         protocol: PROTOCOL_VERSION,
         build: env!("CARGO_PKG_VERSION").to_owned(),

@@ -5,15 +5,20 @@ use std::path::PathBuf;
 use grail_ipc::connection::{Connection, ConnectionError};
 use grail_ipc::jobs::{ProveJob, RowFacts, VerifyJob};
 use grail_ipc::messages::{Epoch, Failed, FromWorker, Pong, Reloaded, RequestId, Severity, ToWorker, Verified};
+use grail_process::fault::{Act, Armed, Point};
 use tokio::sync::mpsc;
-use tracing::{debug, info};
+use tracing::{debug, error, info};
 
 use crate::compute::{Compute, Outcome, Outcomes};
 use crate::error::WorkerError;
+use crate::fault::SpoiltFrame;
 use crate::prover::ComputeError;
 
 /// The most requests that are open at once; a supervisor keeps two.
 pub(crate) const MOST_OPEN: usize = 64;
+
+/// Requests in a row without memory after which a worker gives up: the device will not get any.
+const MOST_OUT_OF_MEMORY: u32 = 2;
 
 /// How a session ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -27,15 +32,32 @@ pub(crate) enum SessionEnd {
 /// Serves the peer until it hangs up, says so, or the worker cannot go on.
 ///
 /// # Errors
-/// [`WorkerError::Connection`] for nonsense from the peer, [`WorkerError::Poisoned`] and [`WorkerError::Bug`] for a worker that
-/// must be replaced; its answers have been sent then.
+/// [`WorkerError::Connection`] for nonsense from the peer, [`WorkerError::Poisoned`], [`WorkerError::OutOfMemory`] and
+/// [`WorkerError::Bug`] for a worker that must be replaced; its answers have been sent then.
 pub(crate) async fn serve_peer(
     connection: Connection<FromWorker, ToWorker>,
     compute: &Compute,
     epoch: Epoch,
+    faults: &Armed,
 ) -> Result<SessionEnd, WorkerError> {
     let (outcomes, mut inbox) = mpsc::unbounded_channel();
-    let mut session = Session { connection, compute, epoch, outcomes, open: 0, is_reloading: false, draining: None };
+    let mut session = Session {
+        connection,
+        compute,
+        epoch,
+        faults,
+        outcomes,
+        open: 0,
+        is_reloading: false,
+        draining: None,
+        out_of_memory: 0,
+        is_mute: false,
+    };
+    if let Some(act) = faults.reach(Point::Idle)
+        && let Next::HangUp = session.inject(act, None).await?
+    {
+        return Ok(SessionEnd::HungUp);
+    }
     loop {
         let Connection { reader, writer } = &mut session.connection;
         tokio::select! {
@@ -51,35 +73,56 @@ pub(crate) async fn serve_peer(
                     info!(open = session.open, "Told to shut down.");
                     return Ok(SessionEnd::Shutdown);
                 }
-                Ok(Some(message)) => session.take(message)?,
+                Ok(Some(message)) => if let Next::HangUp = session.take(message).await? {
+                    return Ok(SessionEnd::HungUp);
+                },
                 Ok(None) => return Ok(SessionEnd::HungUp),
                 // A peer that was killed while it wrote is no better than one that hung up.
                 Err(ConnectionError::Truncated { .. }) => return Ok(SessionEnd::HungUp),
                 Err(error) => return Err(error.into()),
             },
             Some(outcome) = inbox.recv() => {
-                if let Some(end) = session.answer(outcome)? {
-                    session.connection.writer.flush().await?;
-                    return Err(end);
+                match session.answer(outcome).await? {
+                    Next::GoOn => {}
+                    Next::HangUp => return Ok(SessionEnd::HungUp),
+                    Next::End(error) => {
+                        session.connection.writer.flush().await?;
+                        return Err(error);
+                    }
                 }
             }
         }
     }
 }
 
+/// What follows from a message or an outcome.
+#[derive(Debug)]
+enum Next {
+    GoOn,
+    /// A fault ends the connection.
+    HangUp,
+    /// The worker cannot go on once the answer is sent.
+    End(WorkerError),
+}
+
 struct Session<'c> {
     connection: Connection<FromWorker, ToWorker>,
     compute: &'c Compute,
     epoch: Epoch,
+    faults: &'c Armed,
     outcomes: Outcomes,
     /// Requests accepted and not yet answered.
     open: usize,
     is_reloading: bool,
     draining: Option<RequestId>,
+    /// Requests in a row for which the device had no memory.
+    out_of_memory: u32,
+    /// A fault: no sign of life is given any more.
+    is_mute: bool,
 }
 
 impl Session<'_> {
-    fn take(&mut self, message: ToWorker) -> Result<(), WorkerError> {
+    async fn take(&mut self, message: ToWorker) -> Result<Next, WorkerError> {
         match message {
             ToWorker::Prove(request) => {
                 let accepted = self
@@ -87,7 +130,10 @@ impl Session<'_> {
                     .and_then(|()| ProveJob::from_request(&request).map_err(|error| bad_request(&error)));
                 match accepted {
                     Ok(job) => self.compute.prove(request.id, job, self.outcomes.clone())?,
-                    Err(error) => return self.refuse(request.id, &error),
+                    Err(error) => {
+                        self.refuse(request.id, &error)?;
+                        return Ok(Next::GoOn);
+                    }
                 }
                 self.open += 1;
             }
@@ -97,13 +143,17 @@ impl Session<'_> {
                     .and_then(|()| VerifyJob::from_request(&request).map_err(|error| bad_request(&error)));
                 match accepted {
                     Ok(job) => self.compute.verify(request.id, job, self.outcomes.clone())?,
-                    Err(error) => return self.refuse(request.id, &error),
+                    Err(error) => {
+                        self.refuse(request.id, &error)?;
+                        return Ok(Next::GoOn);
+                    }
                 }
                 self.open += 1;
             }
             ToWorker::Reload(command) => {
                 if let Err(error) = self.accept_reload(command.epoch) {
-                    return self.refuse(command.id, &error);
+                    self.refuse(command.id, &error)?;
+                    return Ok(Next::GoOn);
                 }
                 info!(checkpoint = %command.checkpoint, weights = %command.weights, folder = command.folder, "Reloading.");
                 let folder = PathBuf::from(command.folder);
@@ -112,8 +162,13 @@ impl Session<'_> {
                 self.open += 1;
             }
             ToWorker::Ping { id } => {
-                let pong = self.pong(id);
-                self.send(&FromWorker::Pong(pong))?;
+                let pong = FromWorker::Pong(self.pong(id));
+                match self.faults.reach(Point::Ping) {
+                    Some(Act::Hang) => self.is_mute = true,
+                    Some(act) => return self.inject(act, Some(pong)).await,
+                    None if self.is_mute => {}
+                    None => self.send(&pong)?,
+                }
             }
             ToWorker::Drain { id } => {
                 self.draining = Some(id);
@@ -123,7 +178,7 @@ impl Session<'_> {
                 debug!("Peer sent what has no meaning here.");
             }
         }
-        Ok(())
+        Ok(Next::GoOn)
     }
 
     fn accept(&self, asked: Epoch) -> Result<(), ComputeError> {
@@ -147,16 +202,18 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Sends what became of a request; `Some` if the worker cannot go on.
-    fn answer(&mut self, outcome: Outcome) -> Result<Option<WorkerError>, WorkerError> {
+    /// Sends what became of a request.
+    async fn answer(&mut self, outcome: Outcome) -> Result<Next, WorkerError> {
         self.open = self.open.saturating_sub(1);
         let epoch = self.epoch;
-        let mut end = None;
+        let mut next = Next::GoOn;
         match outcome {
-            Outcome::Proved { id, proof } => self.send(&FromWorker::Proved(proof.to_message(id, epoch)))?,
+            Outcome::Proved { id, proof } => {
+                next = self.reply(FromWorker::Proved(proof.to_message(id, epoch))).await?;
+            }
             Outcome::Verified { id, weights, rows } => {
                 let rows = rows.iter().map(RowFacts::to_message).collect();
-                self.send(&FromWorker::Verified(Verified { id, epoch, weights, rows }))?;
+                next = self.reply(FromWorker::Verified(Verified { id, epoch, weights, rows })).await?;
             }
             Outcome::Reloaded { id, weights, stall } => {
                 self.is_reloading = false;
@@ -168,17 +225,57 @@ impl Session<'_> {
                     self.is_reloading = false;
                 }
                 self.refuse(id, &error)?;
-                if error.severity() == Severity::FatalForWorker {
-                    let detail = error.to_string();
-                    end = Some(match error {
-                        ComputeError::Poisoned { .. } => WorkerError::Poisoned { detail },
-                        _ => WorkerError::Bug { detail },
-                    });
+                if let Some(end) = self.end_by(&error) {
+                    next = Next::End(end);
                 }
             }
         }
         self.tell_if_drained()?;
-        Ok(end)
+        Ok(next)
+    }
+
+    /// Sends a result, or what a fault leaves of it.
+    async fn reply(&mut self, message: FromWorker) -> Result<Next, WorkerError> {
+        self.out_of_memory = 0;
+        match self.faults.reach(Point::Replying) {
+            Some(act) => self.inject(act, Some(message)).await,
+            None => self.send(&message).map(|()| Next::GoOn),
+        }
+    }
+
+    /// Does what a fault says, `message` being what was due; acts of the process come when half of its frame is written.
+    async fn inject(&mut self, act: Act, message: Option<FromWorker>) -> Result<Next, WorkerError> {
+        let spoilt = SpoiltFrame::of(act, message).map_err(ConnectionError::from)?;
+        let writer = &mut self.connection.writer;
+        writer.queue_frame(spoilt.before);
+        if let Err(error) = writer.flush().await {
+            debug!(%error, "Peer hung up before the fault.");
+            return Ok(Next::HangUp);
+        }
+        act.befall_process();
+        writer.queue_frame(spoilt.after);
+        Ok(if spoilt.hangs_up { Next::HangUp } else { Next::GoOn })
+    }
+
+    /// Why the worker cannot go on after a request that failed.
+    fn end_by(&mut self, error: &ComputeError) -> Option<WorkerError> {
+        let detail = error.to_string();
+        match error {
+            ComputeError::OutOfMemory { .. } => {
+                self.out_of_memory += 1;
+                if self.out_of_memory < MOST_OUT_OF_MEMORY {
+                    return None;
+                }
+                error!(
+                    error = detail,
+                    "Out of memory twice in a row; ending so that a worker with less to do can come."
+                );
+                Some(WorkerError::OutOfMemory { detail })
+            }
+            ComputeError::Poisoned { .. } => Some(WorkerError::Poisoned { detail }),
+            error if error.severity() == Severity::FatalForWorker => Some(WorkerError::Bug { detail }),
+            _ => None,
+        }
     }
 
     fn refuse(&mut self, id: RequestId, error: &ComputeError) -> Result<(), WorkerError> {

@@ -159,7 +159,7 @@ impl Server {
         let expected = if is_alone { Expected::default() } else { Expected::child(SlotId(3), Epoch(5), token.clone()) };
         let loader: Arc<dyn Loader> = puppets.clone();
         let token = (!is_alone).then_some(token);
-        let task = tokio::spawn(async move { serve(&arguments, token, loader).await });
+        let task = tokio::spawn(async move { serve(&arguments, token, loader, Arc::default()).await });
         Self { _folder: folder, socket, task, expected, puppets }
     }
 
@@ -260,6 +260,25 @@ async fn a_worker_that_cannot_go_on_says_so_and_ends() {
         assert!(matches!(client.closed().await, LostConnection::PeerHungUp));
         assert_eq!(server.end().await.unwrap_err().exit_code(), exit);
     }
+}
+
+#[tokio::test]
+async fn out_of_memory_twice_in_a_row_ends_the_worker_behind_its_answer() {
+    let server = Server::start("weights-1", false);
+    let client = server.client().await;
+    let declined = ("out_of_memory".to_owned(), Severity::Retryable);
+    for _ in 0..2 {
+        assert_eq!(failure(client.prove(&job(OUT_OF_MEMORY)).await.unwrap_err()), declined);
+        client.prove(&job(0)).await.expect("a smaller request may still do, and counts as a new start");
+    }
+    assert_eq!(failure(client.prove(&job(OUT_OF_MEMORY)).await.unwrap_err()), declined);
+    assert_eq!(failure(client.prove(&job(OUT_OF_MEMORY)).await.unwrap_err()), declined);
+    assert!(matches!(client.closed().await, LostConnection::PeerHungUp));
+    let end = server.end().await.unwrap_err();
+    assert_eq!(
+        (end.exit_code(), end.to_string().as_str()),
+        (ExitCode::Temporary, "serve: out of device memory twice in a row: as told")
+    );
 }
 
 #[tokio::test]
@@ -394,7 +413,7 @@ async fn a_taken_socket_is_an_error() {
             ModelArguments { folder: "weights-1".into(), device: grail_model::Device::Cpu, dtype: None, threads: None };
         let arguments = ServeArguments { socket: first.socket.clone(), slot: 0, epoch: 0, token_fd: None, model };
         let loader: Arc<dyn Loader> = Arc::new(Puppets::default());
-        serve(&arguments, None, loader).await.unwrap_err()
+        serve(&arguments, None, loader, Arc::default()).await.unwrap_err()
     };
     assert_eq!(second.exit_code(), ExitCode::CannotWrite);
     assert!(second.to_string().contains("another process listens there"), "{second}");

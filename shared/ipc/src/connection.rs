@@ -91,9 +91,12 @@ impl<W: AsyncWrite + Unpin, Out: Message> MessageWriter<W, Out> {
         Ok(())
     }
 
-    /// Appends a frame that [`codec::encode`] made.
-    pub(crate) fn queue_frame(&mut self, frame: Bytes) {
-        self.queue.push_back(frame);
+    /// Appends bytes that are written as they are: a frame that [`codec::encode`] made, or what a fault leaves of one. None are
+    /// written for no bytes.
+    pub fn queue_frame(&mut self, frame: Bytes) {
+        if !frame.is_empty() {
+            self.queue.push_back(frame);
+        }
     }
 
     /// Whether nothing is left to write.

@@ -3,12 +3,13 @@
 //! [`ChildSpec`] says what to run, [`spawn`] runs it from one thread that never ends, [`Child`] watches and stops it with
 //! everything that belongs to it. [`state`] is the life of a child as a pure function, [`restart`] decides whether and when it
 //! comes back, and [`supervise`] ties them together for one child. [`exit`] is the table of exit codes
-//! of all our binaries.
+//! of all our binaries, [`fault`] what tests make them do wrong.
 
 pub mod cause;
 mod child;
 pub mod environment;
 pub mod exit;
+pub mod fault;
 pub mod logs;
 mod pre_exec;
 pub mod restart;

@@ -151,6 +151,10 @@ impl RawConfig {
             if name == "HOME" || name.starts_with("XDG_") {
                 self.base_folders.insert(name.to_owned(), PathBuf::from(value));
             }
+            // Children read it from the environment; it is no setting of a miner.
+            if name == grail_process::fault::VARIABLE {
+                continue;
+            }
             let Some(known) = known_name(name) else {
                 // The unknown ones of the environment carry no static name; the warning says where they are.
                 self.warn_of_unknown(name, Origin::Env { name: "" });

@@ -9,7 +9,8 @@ use grail_process::cause::DeathCause;
 use grail_process::{ChildSpec, Environment, Incarnation, NotReady};
 
 /// Variables that children get beside the harmless ones: none of them is a secret.
-const PASSED_ON: [&str; 4] = ["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "RUST_BACKTRACE", "NO_COLOR"];
+const PASSED_ON: [&str; 5] =
+    ["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "RUST_BACKTRACE", "NO_COLOR", grail_process::fault::VARIABLE];
 
 /// A child that cannot be described.
 #[derive(Debug, thiserror::Error)]
