@@ -93,6 +93,7 @@ fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
         max_concurrent: generation.max_concurrent.value.map(size),
         max_num_seqs: generation.max_num_seqs.value,
         server_timeout: generation.server_timeout.value,
+        record: args.record.clone(),
     }
 }
 

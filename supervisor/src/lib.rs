@@ -20,6 +20,7 @@ pub mod miner;
 pub mod plan;
 pub mod progress;
 pub mod proofs;
+pub mod record;
 pub mod seal;
 pub mod spool;
 pub mod state;

@@ -21,6 +21,7 @@ use crate::group::WindowParts;
 use crate::journal::Event;
 use crate::plan::WindowPlan;
 use crate::progress::Progress;
+use crate::record::Recording;
 use crate::spool::SpoolError;
 use crate::state::{StateDir, StateError, WindowRandomness};
 
@@ -89,6 +90,7 @@ pub struct Miner {
     pub fleet: Fleet,
     pub signer: Arc<Keypair>,
     pub progress: Arc<Progress>,
+    pub recording: Recording,
 }
 
 impl Miner {
@@ -209,6 +211,7 @@ impl Miner {
         environment: Arc<dyn Environment>,
         generator: Arc<dyn Generator>,
     ) -> WindowParts {
+        let prover = self.recording.of_window(&plan, self.fleet.prover());
         WindowParts {
             plan,
             environment,
@@ -219,7 +222,7 @@ impl Miner {
             max_position_embeddings: checkpoint.files.max_position_embeddings,
             max_model_len: self.fleet.max_model_len(&checkpoint.files) as usize,
             generator,
-            prover: self.fleet.prover(),
+            prover,
             signer: self.signer.clone(),
             progress: self.progress.clone(),
         }

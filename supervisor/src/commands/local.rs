@@ -24,6 +24,7 @@ use crate::fleet::{Fleet, FleetSettings, ServerSettings, WorkerSettings, sibling
 use crate::journal::{Event, Journal};
 use crate::miner::Miner;
 use crate::progress::Progress;
+use crate::record::Recording;
 use crate::state::StateDir;
 use crate::store::WindowStore;
 use crate::trainer::LocalTrainer;
@@ -51,6 +52,8 @@ pub struct LocalSettings {
     pub max_concurrent: Option<usize>,
     pub max_num_seqs: Option<u32>,
     pub server_timeout: Duration,
+    /// Where groups are recorded; unset = they are not.
+    pub record: Option<PathBuf>,
 }
 
 /// Requests in flight at the builtin server when nothing else is configured: its own batch.
@@ -127,6 +130,7 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
         chain,
         beacon,
         engine,
+        recording: Recording::into_folder(settings.record.clone()),
     };
     Ok(LocalWorld { miner, trainer, events, progress, started })
 }
