@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use grail_model::{Device, Dtype};
 use grail_process::ExitCode;
 use grail_telemetry::{Format, Options};
+
+use crate::profile::{Lengths, Shape};
 
 static EXIT_CODES: LazyLock<String> = LazyLock::new(ExitCode::table);
 
@@ -33,6 +35,20 @@ A line that is wrong ends the run with exit code 65; what was proved before it h
 Example:
   echo '{\"prompt\":[1,2],\"completions\":[[3,4]],\"randomness\":\"00…ff\",\"eos_token\":4}' |
     grail-proof-worker prove - --model DIR";
+
+const PROFILE_NOTES: &str = "\
+DIST is fixed:N, uniform:A-B (both included) or lognormal:MEAN,SIGMA (mean of the lengths, deviation of their logarithms). Lengths
+are cut at --max-tokens. Tokens are random: what they mean does not change the work.
+
+Useful TFLOP/s count what a proof needs: projections of all tokens with the prompt once, the causal half of attention, the output
+matrix on the completions' rows. The matrix product that they are compared with is measured in the same process.
+
+Stages are timed in one more pass, which waits for the device around each of them and is slower for it.
+
+Examples:
+  grail-proof-worker profile --shape qwen2-1.5b --device cuda:0 --prompt fixed:200 --completion lognormal:800,0.5
+  grail-proof-worker profile --model DIR --recorded window-3000.groups --trace trace.json
+  grail-proof-worker profile --connect /run/worker.sock --model DIR";
 
 const SERVE_NOTES: &str = "\
 Started by a supervisor, it gets --slot, --epoch and --token-fd, serves that one peer, and ends when the peer hangs up; the
@@ -71,6 +87,9 @@ pub enum Command {
     /// Prove groups from a file and print the proofs
     #[command(after_help = PROVE_FORMAT)]
     Prove(ProveArguments),
+    /// Measure how fast groups are proved, and where the time goes
+    #[command(after_help = PROFILE_NOTES)]
+    Profile(Box<ProfileArguments>),
 }
 
 /// Arguments of `serve`.
@@ -102,6 +121,60 @@ pub struct ProveArguments {
     pub model: ModelArguments,
 }
 
+/// Arguments of `profile`.
+#[derive(Debug, Clone, Args)]
+#[command(group = ArgGroup::new("what").required(true).multiple(true).args(["folder", "shape", "connect"]))]
+pub struct ProfileArguments {
+    /// Folder of the checkpoint: config.json and safetensors; with --connect only its shape is read
+    #[arg(long = "model", value_name = "DIR", conflicts_with = "shape")]
+    pub folder: Option<PathBuf>,
+    /// A known shape with random weights: qwen2-0.5b, qwen2-1.5b, qwen2-7b or qwen3-4b
+    #[arg(long)]
+    pub shape: Option<Shape>,
+    /// Measure the worker that serves at this socket, with two requests in flight
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["device", "dtype", "threads"])]
+    pub connect: Option<PathBuf>,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
+    /// float32 (f32) or bfloat16 (bf16) [default: float32 on cpu, bfloat16 on cuda]
+    #[arg(long)]
+    pub dtype: Option<Dtype>,
+    /// Threads of one operation on the CPU [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Groups from a file that `mine --record` wrote, instead of synthetic ones
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["groups", "prompt", "completion", "max_tokens", "seed"])]
+    pub recorded: Option<PathBuf>,
+    /// Synthetic groups of 16 rollouts
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub groups: u32,
+    /// Lengths of prompts
+    #[arg(long, value_name = "DIST", default_value = "fixed:200")]
+    pub prompt: Lengths,
+    /// Lengths of completions
+    #[arg(long, value_name = "DIST", default_value = "lognormal:800,0.5")]
+    pub completion: Lengths,
+    /// Longest synthetic prompt and completion
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=131_072))]
+    pub max_tokens: u32,
+    /// Number from which the synthetic groups follow
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Passes over all groups before the timed ones
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub warm_up: u32,
+    /// Timed passes over all groups
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub repeats: u32,
+    /// Write a trace for Chrome or Perfetto
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// Print one JSON document instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Which model, where and how.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArguments {
@@ -117,7 +190,13 @@ pub struct ModelArguments {
     /// Threads of one operation on the CPU [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
+    /// Most tokens of one packed batch; a longer single sequence runs alone
+    #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_BATCH_TOKENS, value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch_tokens: u32,
 }
+
+/// Tokens of one packed batch when memory has not run short yet.
+pub const DEFAULT_BATCH_TOKENS: u32 = 16_384;
 
 #[cfg(test)]
 mod tests {
@@ -133,12 +212,12 @@ mod tests {
     #[test]
     fn what_a_supervisor_passes_is_understood() {
         let line = "grail-proof-worker serve --slot 1 --epoch 3 --token-fd 7 --socket /run/x.sock --model /m \
-                    --device cuda:0 --dtype bfloat16 --threads 2";
+                    --device cuda:0 --dtype bfloat16 --threads 2 --batch-tokens 4096";
         let arguments = Arguments::try_parse_from(line.split_ascii_whitespace()).unwrap();
         let Command::Serve(serve) = arguments.command else { panic!("serve") };
         assert_eq!((serve.slot, serve.epoch, serve.token_fd), (1, 3, Some(7)));
         assert_eq!((serve.model.device, serve.model.dtype), (Device::Cuda(0), Some(Dtype::Bf16)));
-        assert_eq!(serve.model.threads, Some(2));
+        assert_eq!((serve.model.threads, serve.model.batch_tokens), (Some(2), 4_096));
     }
 
     #[test]
@@ -148,7 +227,14 @@ mod tests {
             ("prove - --model m --dtype f8", "f8"),
             ("prove - --model m --threads 0", "0"),
             ("serve --model m", "--socket"),
-            ("profile", "profile"),
+            ("profile", "--model <DIR>"),
+            ("profile --model m --shape qwen2-7b", "--shape"),
+            ("profile --shape qwen2-9b", "qwen2-0.5b, qwen2-1.5b"),
+            ("profile --connect s --device cuda", "--device"),
+            ("profile --model m --recorded f --groups 2", "--groups"),
+            ("profile --model m --completion 800", "write fixed:N, uniform:A-B or lognormal:MEAN,SIGMA"),
+            ("profile --model m --prompt uniform:9-5", "the first length is larger than the second"),
+            ("profile --model m --repeats 0", "0"),
         ] {
             let line = std::iter::once("grail-proof-worker").chain(arguments.split_ascii_whitespace());
             let error = Arguments::try_parse_from(line).unwrap_err();

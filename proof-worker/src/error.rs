@@ -3,11 +3,14 @@
 use std::io;
 use std::path::PathBuf;
 
+use grail_ipc::RequestError;
 use grail_ipc::handshake::HandshakeError;
+use grail_ipc::record::RecordError;
 use grail_ipc::socket::SocketError;
-use grail_model::LoadError;
+use grail_model::{LoadError, TorchError};
 use grail_process::ExitCode;
 use grail_process::fault::FaultError;
+use grail_protocol::ids::GroupIndex;
 
 /// A failure that ends the program. Texts read after "failed to".
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +64,42 @@ pub enum WorkerError {
     Line { line: usize, detail: String },
     #[error("write the proofs")]
     Output(#[source] io::Error),
+    #[error("make a model of shape {shape}")]
+    RandomModel {
+        shape: String,
+        #[source]
+        source: LoadError,
+    },
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("profile: {} holds no whole group; record more with `mine --record`", path.display())]
+    NoGroups { path: PathBuf },
+    #[error("profile group {group}: {detail}")]
+    Group { group: GroupIndex, detail: String },
+    #[error("measure a matrix product")]
+    Yardstick(#[source] TorchError),
+    #[error("connect to the worker at {}", socket.display())]
+    Connect {
+        socket: PathBuf,
+        #[source]
+        source: HandshakeError,
+    },
+    #[error("profile group {group} on the worker")]
+    Request {
+        group: GroupIndex,
+        #[source]
+        source: RequestError,
+    },
+    #[error("ask the worker for its memory")]
+    Lost(#[source] RequestError),
+    #[error("write the trace {}", path.display())]
+    Trace {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("print the profile")]
+    Print(#[source] io::Error),
 }
 
 impl WorkerError {
@@ -69,14 +108,25 @@ impl WorkerError {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::NoModel { .. } => ExitCode::MissingInput,
-            Self::Load { source: LoadError::Torch(_), .. } => ExitCode::Temporary,
-            Self::Load { .. } | Self::Line { .. } => ExitCode::BadData,
+            Self::Load { source: LoadError::Torch(_), .. }
+            | Self::RandomModel { .. }
+            | Self::Yardstick(_)
+            | Self::Request { .. }
+            | Self::Lost(_) => ExitCode::Temporary,
+            Self::Record(RecordError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                ExitCode::MissingInput
+            }
+            Self::Load { .. } | Self::Line { .. } | Self::Record(_) | Self::NoGroups { .. } | Self::Group { .. } => {
+                ExitCode::BadData
+            }
+            Self::Connect { source: HandshakeError::Version { .. }, .. } => ExitCode::Usage,
+            Self::Connect { .. } => ExitCode::Unavailable,
             Self::NoDevice { .. } => ExitCode::Configuration,
             Self::Token { .. } | Self::Fault(_) => ExitCode::Usage,
             Self::Socket(SocketError::FolderNotPrivate { .. } | SocketError::PathTooLong { .. }) => {
                 ExitCode::Configuration
             }
-            Self::Socket(_) | Self::Output(_) => ExitCode::CannotWrite,
+            Self::Socket(_) | Self::Output(_) | Self::Trace { .. } | Self::Print(_) => ExitCode::CannotWrite,
             Self::Nobody { .. }
             | Self::Connection(_)
             | Self::Poisoned { .. }

@@ -1,12 +1,13 @@
 //! A proof worker as a library: one thread that owns the model, one task that speaks with the supervisor.
 //!
 //! [`serve`] takes requests over a socket, [`prove_file`] from a file; both know the model only through [`prover`], behind which
-//! [`torch`] stands. There is no wallet and no network here.
+//! [`torch`] stands. [`profile`] measures. There is no wallet and no network here.
 
 pub mod cli;
 pub mod compute;
 mod error;
 mod fault;
+pub mod profile;
 pub mod prove_file;
 pub mod prover;
 pub mod serve;
@@ -25,5 +26,6 @@ pub fn run(command: Command) -> Result<(), WorkerError> {
     match command {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Prove(arguments) => prove_file::run(&arguments),
+        Command::Profile(arguments) => profile::run(&arguments),
     }
 }

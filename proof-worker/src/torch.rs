@@ -8,7 +8,7 @@ use grail_protocol::ids::WeightsHash;
 use grail_protocol::sketch::SketchCoeffs;
 use tokio::time::Instant;
 
-use crate::cli::ModelArguments;
+use crate::cli::{DEFAULT_BATCH_TOKENS, ModelArguments};
 use crate::error::WorkerError;
 use crate::prover::{ComputeError, Loader, Prover};
 
@@ -17,6 +17,7 @@ use crate::prover::{ComputeError, Loader, Prover};
 pub struct TorchLoader {
     device: Device,
     dtype: Option<Dtype>,
+    batch_tokens: u32,
 }
 
 impl TorchLoader {
@@ -25,33 +26,59 @@ impl TorchLoader {
     /// # Errors
     /// [`WorkerError::NoDevice`] if a GPU is wanted and cannot be had.
     pub fn new(arguments: &ModelArguments) -> Result<Self, WorkerError> {
+        let loader = Self::on(arguments.device, arguments.dtype, arguments.threads)?;
+        Ok(Self { batch_tokens: arguments.batch_tokens, ..loader })
+    }
+
+    /// As [`TorchLoader::new`].
+    ///
+    /// # Errors
+    /// As [`TorchLoader::new`].
+    pub fn on(device: Device, dtype: Option<Dtype>, threads: Option<u32>) -> Result<Self, WorkerError> {
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
-        set_threads(arguments.threads.map_or_else(available, |threads| usize::try_from(threads).unwrap_or(1)));
-        if let Device::Cuda(index) = arguments.device {
+        set_threads(threads.map_or_else(available, |threads| usize::try_from(threads).unwrap_or(1)));
+        if let Device::Cuda(index) = device {
             let support = gpu::enable();
             if index >= support.devices() {
-                let (device, support) = (arguments.device.to_string(), support.to_string());
+                let (device, support) = (device.to_string(), support.to_string());
                 return Err(WorkerError::NoDevice { device, support });
             }
         }
-        Ok(Self { device: arguments.device, dtype: arguments.dtype })
+        Ok(Self { device, dtype, batch_tokens: DEFAULT_BATCH_TOKENS })
+    }
+
+    /// The model itself.
+    ///
+    /// # Errors
+    /// [`WorkerError::NoModel`] and [`WorkerError::Load`].
+    pub fn load_model(&self, folder: &Path) -> Result<ProofModel, WorkerError> {
+        if !folder.is_dir() {
+            return Err(WorkerError::NoModel { folder: folder.to_owned() });
+        }
+        let batch_tokens = usize::try_from(self.batch_tokens).unwrap_or(usize::MAX);
+        let options = LoadOptions { dtype: self.dtype, batch_tokens, ..LoadOptions::on(self.device) };
+        ProofModel::load(folder, &options).map_err(|source| WorkerError::Load { folder: folder.to_owned(), source })
     }
 }
 
 impl Loader for TorchLoader {
     fn load(&self, folder: &Path) -> Result<Box<dyn Prover>, WorkerError> {
-        if !folder.is_dir() {
-            return Err(WorkerError::NoModel { folder: folder.to_owned() });
-        }
-        let options = LoadOptions { dtype: self.dtype, ..LoadOptions::on(self.device) };
-        let model = ProofModel::load(folder, &options)
-            .map_err(|source| WorkerError::Load { folder: folder.to_owned(), source })?;
-        Ok(Box::new(TorchProver { model }))
+        Ok(Box::new(TorchProver::new(self.load_model(folder)?)))
     }
 }
 
-struct TorchProver {
+/// A model that proves what the protocol asks.
+#[derive(Debug)]
+pub struct TorchProver {
     model: ProofModel,
+}
+
+impl TorchProver {
+    /// Proves with `model`.
+    #[must_use]
+    pub const fn new(model: ProofModel) -> Self {
+        Self { model }
+    }
 }
 
 impl Prover for TorchProver {

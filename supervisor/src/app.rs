@@ -105,6 +105,7 @@ fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
         server_timeout: generation.server_timeout.value,
         shutdown_limit: limits.shutdown_timeout.value,
         keep_windows: config.folders.keep_windows.value,
+        record: args.record.clone(),
     }
 }
 

@@ -160,6 +160,12 @@ pub struct MineArgs {
     #[arg(long, value_name = "MS", requires = "local")]
     pub block_ms: Option<u64>,
 
+    /// Keep what the proof workers are given, one file a window, for `grail-proof-worker profile --recorded`.
+    ///
+    /// A failure to write is logged and does not stop mining.
+    #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+    pub record: Option<PathBuf>,
+
     /// Groups after which a window is full [GRAIL_MAX_GROUPS_PER_WINDOW; 24 with --local].
     #[arg(long, value_name = "N")]
     pub max_groups: Option<u32>,

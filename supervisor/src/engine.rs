@@ -165,8 +165,10 @@ impl Engine {
         let filled = self.fill(&mut running, stop, fleet).await;
         let given_up = running.given_up.take();
         // Whatever ended the window, what is spooled goes out first.
-        let outcome = self.finish(running).await?;
+        let outcome = self.finish(running).await;
+        // What ended it comes first: a disk that is full fails the spool before it fails the copy of the file.
         filled?;
+        let outcome = outcome?;
         match given_up {
             Some(GivenUp::Workers) => Err(EngineError::NoWorkers),
             Some(GivenUp::Server) => Err(EngineError::NoServer),

@@ -2,6 +2,7 @@
 //!
 //! A group is whole or it does not exist: any miss drops it, and its index stays used.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures::future::{try_join, try_join_all};
@@ -9,6 +10,8 @@ use grail_environments::{Environment, Evaluation, Task};
 use grail_ipc::bulk;
 use grail_ipc::generate_api::SamplingParams;
 use grail_ipc::jobs::ProveJob;
+use grail_ipc::record::{RecordError, RecordWriter};
+use grail_process::with_causes;
 use grail_protocol::binding::CommitBinding;
 use grail_protocol::constants::CHALLENGE_K;
 use grail_protocol::ids::{BlockNumber, GroupIndex, Nonce, RolloutIndex, TokenId, WeightsHash};
@@ -41,6 +44,8 @@ pub struct WindowParts {
     pub prover: Arc<dyn Prover>,
     pub signer: Arc<Keypair>,
     pub progress: Arc<Progress>,
+    /// Where the inputs of groups are kept that kill workers.
+    pub poisonous_dir: PathBuf,
     pub clock: Clock,
     pub offload: Offload,
 }
@@ -157,7 +162,31 @@ fn sampling_params(plan: &WindowPlan, max_new: u32) -> SamplingParams {
 }
 
 async fn prove(parts: &WindowParts, generated: &Generated) -> Result<Proof, Dropped> {
-    Ok(parts.prover.prove(generated.job.clone()).await?)
+    let proved = parts.prover.prove(generated.job.clone()).await;
+    if let Err(ProofError::Poisonous { deaths }) = &proved {
+        keep_poisonous(parts, &generated.job, *deaths).await;
+    }
+    Ok(proved?)
+}
+
+/// Keeps what killed workers for inspection: `grail-proof-worker profile --recorded` gives it to a worker again.
+async fn keep_poisonous(parts: &WindowParts, job: &Arc<ProveJob>, deaths: u32) {
+    let path = parts.poisonous_dir.join(format!("window-{}-group-{}.groups", parts.plan.window, job.group));
+    let (kept, job, model) = (path.clone(), job.clone(), parts.plan.model_name.clone());
+    let write = move || {
+        std::fs::create_dir_all(kept.parent().unwrap_or(&kept)).map_err(|source| RecordError::Io {
+            action: "create the folder of",
+            path: kept.clone(),
+            source,
+        })?;
+        let (mut writer, held) = RecordWriter::open(&kept, &model)?;
+        if held.is_empty() { writer.append(&job) } else { Ok(()) }
+    };
+    match parts.offload.run(write).await {
+        Ok(Ok(())) => tracing::error!(deaths, kept = %path.display(), "A group kills workers; its inputs are kept."),
+        Ok(Err(error)) => tracing::error!(deaths, error = with_causes(&error), "A poisonous group cannot be kept."),
+        Err(error) => tracing::error!(deaths, %error, "A poisonous group cannot be kept."),
+    }
 }
 
 async fn evaluate(parts: &WindowParts, generated: &Generated) -> Result<Vec<Evaluation>, Dropped> {

@@ -25,6 +25,7 @@ pub mod offload;
 pub mod plan;
 pub mod progress;
 pub mod proofs;
+pub mod record;
 pub mod seal;
 pub mod shutdown;
 pub mod spool;

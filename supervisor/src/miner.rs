@@ -21,6 +21,7 @@ use crate::journal::Event;
 use crate::offload::Offload;
 use crate::plan::WindowPlan;
 use crate::progress::Progress;
+use crate::record::Recording;
 use crate::spool::{self, SpoolError};
 use crate::state::{StateDir, StateError, WindowRandomness};
 use grail_process::with_causes;
@@ -90,6 +91,7 @@ pub struct Miner {
     pub fleet: Fleet,
     pub signer: Arc<Keypair>,
     pub progress: Arc<Progress>,
+    pub recording: Recording,
 }
 
 impl Miner {
@@ -100,7 +102,10 @@ impl Miner {
     pub async fn run(&mut self, windows: Option<usize>, stop: StopSignals) -> Result<Summary, MineError> {
         let mut summary = Summary::default();
         let mut done = self.last_uploaded();
-        self.warm_up(done).await?;
+        tokio::select! {
+            warm = self.warm_up(done) => warm?,
+            () = stop.stopping() => return Ok(summary),
+        }
         while !stop.is_stopping() && windows.is_none_or(|windows| summary.uploaded.len() < windows) {
             let Some(head) = self.next_window(done, &stop).await? else { break };
             let window = WindowStart::containing(head.block);
@@ -155,12 +160,9 @@ impl Miner {
 
     /// A window whose file is in the store must not be put again: the later object would be the one that counts.
     fn last_uploaded(&self) -> Option<WindowStart> {
-        let events = crate::journal::read(self.state.root()).unwrap_or_default();
-        let uploaded = |event| match event {
-            Event::WindowUploaded { window, .. } => Some(window),
-            _ => None,
-        };
-        events.into_iter().filter_map(uploaded).max()
+        let uploads = crate::journal::uploads(self.state.root());
+        let uploads = uploads.inspect_err(|error| tracing::warn!(%error, "The journal cannot be read."));
+        uploads.unwrap_or_default().into_keys().next_back()
     }
 
     /// Waits for a window after `done`; `None` when told to stop.
@@ -213,6 +215,7 @@ impl Miner {
         environment: Arc<dyn Environment>,
         generator: Arc<dyn Generator>,
     ) -> WindowParts {
+        let prover = self.recording.of_window(&plan, self.fleet.prover());
         WindowParts {
             plan,
             environment,
@@ -223,9 +226,10 @@ impl Miner {
             max_position_embeddings: checkpoint.files.max_position_embeddings,
             max_model_len: self.fleet.max_model_len(&checkpoint.files) as usize,
             generator,
-            prover: self.fleet.prover(),
+            prover,
             signer: self.signer.clone(),
             progress: self.progress.clone(),
+            poisonous_dir: self.state.root().join(crate::leftovers::POISONOUS),
             clock: self.engine.clock.clone(),
             offload: Offload::default(),
         }

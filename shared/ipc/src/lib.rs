@@ -3,7 +3,7 @@
 //! A child listens on its own socket in a private folder, the supervisor connects: [`socket`]. Bytes become frames in
 //! [`framing`], frames become [`messages`] in [`codec`], and [`connection`] joins the two. After the [`handshake`] the
 //! supervisor speaks through [`worker_client`] or [`launcher_client`]: any number of requests in flight, answered in any order.
-//! [`jobs`] gives requests and answers their shapes. [`control`] is how an operator's command speaks to a running supervisor.
+//! [`jobs`] gives requests and answers their shapes, and [`record`] keeps requests in a file. [`control`] is how an operator's command speaks to a running supervisor.
 
 pub mod bulk;
 mod client;
@@ -16,6 +16,7 @@ pub mod handshake;
 pub mod jobs;
 pub mod launcher_client;
 pub mod messages;
+pub mod record;
 pub mod socket;
 pub mod token;
 pub mod worker_client;

@@ -66,6 +66,13 @@ impl Device {
         }
     }
 
+    /// Waits for all work on a GPU; a CPU is never behind.
+    pub(crate) fn synchronize(self) {
+        if let Self::Cuda(index) = self {
+            tch::Cuda::synchronize(index as i64);
+        }
+    }
+
     pub(crate) const fn torch(self) -> tch::Device {
         match self {
             Self::Cpu => tch::Device::Cpu,

@@ -8,6 +8,7 @@ use crate::error::ProveError;
 use crate::model::{Model, host_f32};
 use crate::packed::{PackedBatch, SegmentIndex};
 use crate::sketch::{SelectedBuckets, SketchError};
+use crate::stages::{Stage, stage};
 
 /// Logits made at once on a GPU, in elements: bounds the memory of the output matrix's product and of its f32 copy.
 const GPU_LOGIT_ELEMENTS: usize = 1 << 26;
@@ -168,11 +169,11 @@ impl<'a> Pack<'a> {
     fn run(&self, model: &Model, first: usize) -> Result<BatchResult, ProveError> {
         let torch = |error| ProveError::classify(error, self.batch.len());
         let hidden = model.network().hidden(&self.batch).map_err(torch)?;
-        let buckets = SelectedBuckets::of(&hidden).map_err(|error| match error {
+        let buckets = stage(Stage::Sketch, || SelectedBuckets::of(&hidden)).map_err(|error| match error {
             SketchError::NonFinite { row } => self.non_finite(row, first),
             SketchError::Torch(error) => torch(error),
         })?;
-        let rollouts = self.read(model, &hidden).map_err(torch)?;
+        let rollouts = stage(Stage::Head, || self.read(model, &hidden)).map_err(torch)?;
         Ok(BatchResult { first, buckets, rollouts })
     }
 
@@ -255,7 +256,7 @@ impl LogitReader<'_> {
     }
 
     fn on_device(&self, values: &[i64]) -> Result<Tensor, TchError> {
-        Tensor::f_from_slice(values)?.f_to_device(self.model.device().torch())
+        stage(Stage::Upload, || Tensor::f_from_slice(values)?.f_to_device(self.model.device().torch()))
     }
 
     /// Logits of some rows in the model's dtype.

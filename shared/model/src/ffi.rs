@@ -1,4 +1,4 @@
-//! The crate's only unsafe code: mapping files, loading libtorch's CUDA library, and a loop for processors with fused
+//! The crate's only unsafe code: mapping files, loading libtorch's CUDA library, asking it for its memory, and a loop for processors with fused
 //! multiply-add.
 
 use std::ffi::{CStr, CString};
@@ -40,6 +40,24 @@ pub(crate) fn load_globally(library: &Path) -> Result<(), String> {
         (!error.is_null()).then(|| CStr::from_ptr(error).to_string_lossy().into_owned())
     };
     Err(text.unwrap_or_else(|| "dlopen failed without a reason".to_owned()))
+}
+
+/// Free and total bytes of the current CUDA device; `None` if the CUDA runtime is not loaded or refuses.
+pub(crate) fn cuda_memory() -> Option<(usize, usize)> {
+    type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> libc::c_int;
+    // SAFETY: the name is a C string. Whatever library defines it, it is the CUDA runtime's: nobody else has the name.
+    // JUSTIFICATION: the bindings of libtorch do not expose its counters of device memory.
+    let symbol = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"cudaMemGetInfo".as_ptr()) };
+    if symbol.is_null() {
+        return None;
+    }
+    // SAFETY: `cudaError_t cudaMemGetInfo(size_t*, size_t*)` is its signature in every version of the runtime, and
+    // `cudaError_t` is a C enum.
+    let mem_get_info = unsafe { std::mem::transmute::<*mut libc::c_void, MemGetInfo>(symbol) };
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: both pointers are valid for writes during the call.
+    let status = unsafe { mem_get_info(&raw mut free, &raw mut total) };
+    (status == 0).then_some((free, total))
 }
 
 /// [`bf16_cpu::fused_products`] with the processor's fused multiply-add where it has one; the same bits either way.

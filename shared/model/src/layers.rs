@@ -9,6 +9,7 @@ use crate::bf16_cpu;
 use crate::config::ModelConfig;
 use crate::packed::PackedBatch;
 use crate::rope::{Rope, Rotation};
+use crate::stages::{Stage, stage};
 
 /// Matrix and optional bias.
 #[derive(Debug)]
@@ -114,8 +115,12 @@ impl Layer {
     ///
     /// * `x`: the layer's input, `[tokens, hidden]`; `attended`: `[tokens, heads · head_dim]`.
     pub(crate) fn finish(&self, x: &Tensor, attended: &Tensor) -> Result<Tensor, TchError> {
-        let x = x.f_add(&self.output.forward(attended)?)?;
-        let fused = self.gate_up.forward(&self.post_norm.forward(&x)?)?;
+        let x = stage(Stage::Attention, || x.f_add(&self.output.forward(attended)?))?;
+        stage(Stage::FeedForward, || self.feed_forward(&x))
+    }
+
+    fn feed_forward(&self, x: &Tensor) -> Result<Tensor, TchError> {
+        let fused = self.gate_up.forward(&self.post_norm.forward(x)?)?;
         let inner = fused.size().last().copied().unwrap_or_default() / 2;
         let gate = fused.f_narrow(-1, 0, inner)?.f_silu()?;
         let up = fused.f_narrow(-1, inner, inner)?;
@@ -142,21 +147,28 @@ impl Network {
     /// Last hidden states with the final norm applied, `[tokens, hidden]` in the model's dtype.
     pub(crate) fn hidden(&self, batch: &PackedBatch) -> Result<Tensor, TchError> {
         let shape = HeadShape::of(&self.config);
-        let plan = AttentionPlan::new(batch, shape, (self.kind, self.device))?;
+        let plan = stage(Stage::Attention, || AttentionPlan::new(batch, shape, (self.kind, self.device)))?;
         let (mut x, rotation) = self.embed(batch.tokens(), batch.positions())?;
         for layer in &self.layers {
-            let Heads { query, key, value } = layer.heads(&x, &rotation, shape)?;
-            x = layer.finish_in_chunks(&x, &plan.attend(&query, &key, &value)?)?;
+            let attended = stage(Stage::Attention, || {
+                let Heads { query, key, value } = layer.heads(&x, &rotation, shape)?;
+                plan.attend(&query, &key, &value)
+            })?;
+            x = layer.finish_in_chunks(&x, &attended)?;
         }
-        self.norm.forward(&x)
+        stage(Stage::Head, || self.norm.forward(&x))
     }
 
     /// Embedded tokens `[tokens, hidden]` and the rotation of their positions.
     pub(crate) fn embed(&self, tokens: &[i64], positions: &[i64]) -> Result<(Tensor, Rotation), TchError> {
-        let tokens = Tensor::f_from_slice(tokens)?.f_to_device(self.device)?;
-        let positions = Tensor::f_from_slice(positions)?.f_to_device(self.device)?;
-        let embedded = Tensor::f_embedding(&self.embedding, &tokens, -1, false, false)?;
-        Ok((embedded, self.rope.rotation(&positions, self.kind)?))
+        let (tokens, positions) = stage(Stage::Upload, || {
+            let on_device = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(self.device);
+            Ok::<_, TchError>((on_device(tokens)?, on_device(positions)?))
+        })?;
+        stage(Stage::Embed, || {
+            let embedded = Tensor::f_embedding(&self.embedding, &tokens, -1, false, false)?;
+            Ok((embedded, self.rope.rotation(&positions, self.kind)?))
+        })
     }
 
     /// Logits `[rows, vocab]` of some hidden states, in the model's dtype.

@@ -13,12 +13,14 @@ mod ffi;
 pub mod generate;
 pub mod gpu;
 mod layers;
+pub mod measure;
 mod model;
 mod packed;
 mod prove;
 mod rope;
 pub mod safetensors;
 mod sketch;
+pub mod stages;
 pub mod train;
 #[cfg(test)]
 mod vector_tests;

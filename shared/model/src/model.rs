@@ -12,6 +12,8 @@ use crate::ffi::Frozen;
 use crate::layers::{Layer, Linear, Network, RmsNorm};
 use crate::packed::PackedBatch;
 use crate::rope::Rope;
+use crate::stages::{Stage, stage};
+use crate::train::random_network;
 use crate::weights::{EMBEDDING, HEAD, WeightFiles};
 
 /// How a folder is loaded.
@@ -82,6 +84,25 @@ impl Model {
         })
     }
 
+    /// A model of random weights, for measurements on hosts without a checkpoint: it computes what a trained one does, and its
+    /// logits are flat. The hash is the seed's number; no folder has it.
+    ///
+    /// # Errors
+    /// [`LoadError::NoDevice`], and [`LoadError::Torch`] for want of memory.
+    pub fn random(config: ModelConfig, options: &LoadOptions, seed: u32) -> Result<Self, LoadError> {
+        options.device.check()?;
+        let dtype = options.dtype.unwrap_or_else(|| options.device.default_dtype());
+        tch::manual_seed(seed.into());
+        let network = tch::no_grad(|| random_network(config, options.device.torch(), dtype.kind()))?;
+        Ok(Self {
+            network: Frozen::new(network),
+            weights_hash: WeightsHash(seed.into()),
+            device: options.device,
+            dtype,
+            batch_tokens: options.batch_tokens.max(1),
+        })
+    }
+
     /// The model's shape.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
@@ -139,11 +160,13 @@ impl Model {
 
 /// A tensor's elements on the host, as f32.
 pub(crate) fn host_f32(x: &Tensor) -> Result<Vec<f32>, tch::TchError> {
-    let x = x.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
-    let mut values = vec![0.0; x.numel()];
-    let count = values.len();
-    x.f_copy_data(&mut values, count)?;
-    Ok(values)
+    stage(Stage::ReadBack, || {
+        let x = x.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
+        let mut values = vec![0.0; x.numel()];
+        let count = values.len();
+        x.f_copy_data(&mut values, count)?;
+        Ok(values)
+    })
 }
 
 /// Builds the network from files; projections that are computed together are stacked.

@@ -11,6 +11,7 @@ use crate::device::{Device, Dtype};
 use crate::error::{LoadError, ProveError};
 use crate::evaluate::{Rollout, evaluate};
 use crate::model::{LoadOptions, Model};
+use crate::stages::{Stage, stage};
 
 /// A model that proves and verifies.
 #[derive(Debug, Clone)]
@@ -112,11 +113,12 @@ impl ProofModel {
         let mut completions = Vec::with_capacity(rollouts.len());
         for result in evaluate(&self.model, &rollouts)? {
             for rollout in result.rollouts {
+                let sketches = |rows| stage(Stage::Sketch, || result.buckets.sketches(rows, input.coefficients));
                 if completions.is_empty() {
-                    prompt_sketches = result.buckets.sketches(rollout.prompt_rows, input.coefficients);
+                    prompt_sketches = sketches(rollout.prompt_rows);
                 }
                 completions.push(CompletionProof {
-                    sketches: result.buckets.sketches(rollout.completion_rows, input.coefficients),
+                    sketches: sketches(rollout.completion_rows),
                     logprobs: rollout.logprobs,
                     eos_probability: rollout.eos_probability,
                 });

@@ -9,6 +9,8 @@ use grail_protocol::sketch::{SketchCoeffs, bucket, selected_indices_bf16, select
 use half::bf16;
 use tch::{Device, Kind, TchError, Tensor};
 
+use crate::stages::{Stage, stage};
+
 /// Elements of hidden states whose integer keys are made at once: bounds the memory beside the hidden states.
 const CHUNK_ELEMENTS: usize = 1 << 24;
 
@@ -145,11 +147,13 @@ fn select_chunk(hidden: &Tensor, first_row: usize) -> Result<Vec<[i8; PROOF_TOPK
 }
 
 fn host<T: tch::kind::Element + Default + Clone>(x: &Tensor) -> Result<Vec<T>, TchError> {
-    let x = x.f_to_device(Device::Cpu)?.f_contiguous()?;
-    let mut values = vec![T::default(); x.numel()];
-    let count = values.len();
-    x.f_copy_data(&mut values, count)?;
-    Ok(values)
+    stage(Stage::ReadBack, || {
+        let x = x.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let mut values = vec![T::default(); x.numel()];
+        let count = values.len();
+        x.f_copy_data(&mut values, count)?;
+        Ok(values)
+    })
 }
 
 #[cfg(test)]

@@ -61,7 +61,7 @@ impl TrainableModel {
         let network = {
             let _generator = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
             tch::manual_seed(seed);
-            tch::no_grad(|| random_network(config, device.torch()))?
+            tch::no_grad(|| random_network(config, device.torch(), Kind::Float))?
         };
         Ok(Self::register(network)?)
     }
@@ -224,8 +224,8 @@ impl TrainableModel {
     }
 }
 
-fn random_network(config: ModelConfig, device: tch::Device) -> Result<Network, TchError> {
-    let options = (Kind::Float, device);
+pub(crate) fn random_network(config: ModelConfig, device: tch::Device, kind: Kind) -> Result<Network, TchError> {
+    let options = (kind, device);
     let matrix = |rows: usize, columns: usize| {
         Tensor::f_randn([rows as i64, columns as i64], options)?.f_mul_scalar(INITIAL_DEVIATION)
     };
@@ -258,7 +258,7 @@ fn random_network(config: ModelConfig, device: tch::Device) -> Result<Network, T
     let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { matrix(config.vocab_size, hidden)? };
     Ok(Network {
         device,
-        kind: Kind::Float,
+        kind,
         embedding,
         layers: (0..config.layers).map(|_| layer()).collect::<Result<_, _>>()?,
         norm: norm(hidden)?,

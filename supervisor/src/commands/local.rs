@@ -29,6 +29,7 @@ use crate::gpus::cpu_pins;
 use crate::journal::{Event, Journal};
 use crate::miner::Miner;
 use crate::progress::Progress;
+use crate::record::Recording;
 use crate::state::{StateDir, StateError};
 use crate::store::WindowStore;
 use crate::trainer::LocalTrainer;
@@ -60,6 +61,8 @@ pub struct LocalSettings {
     pub shutdown_limit: Duration,
     /// How long the files of a window that is over are kept.
     pub keep_windows: Duration,
+    /// Where groups are recorded; unset = they are not.
+    pub record: Option<PathBuf>,
 }
 
 /// Requests in flight at the builtin server when nothing else is configured: its own batch.
@@ -112,6 +115,9 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
     let journal = Journal::open(state.root(), clock.clone()).map_err(in_state("open the journal in"))?;
     let mut journal = journal.followed_by(progress.clone());
     journal.record(Event::Started { pid: std::process::id(), build: env!("CARGO_PKG_VERSION").to_owned() });
+    // What supervisors that are dead have left in it may take seconds to end.
+    let delegation = tokio::task::spawn_blocking(|| Delegation::open(Path::new("/")));
+    let delegation = delegation.await.map_err(CommandError::Task)?.map(Arc::new);
     let (notes, events) = mpsc::unbounded_channel();
     let started = Instant::now();
     let engine = Engine {
@@ -128,13 +134,14 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
     let miner = Miner {
         checkpoints: Checkpoints::new(checkpoint_store, CheckpointCache::open(state.checkpoints())?),
         environments: EnvironmentSource::new(demo.dataset_rows),
-        fleet: Fleet::new(fleet_settings(settings)?, notes, progress.clone()),
+        fleet: Fleet::new(fleet_settings(settings, delegation)?, notes, progress.clone()),
         signer: Arc::new(Keypair::from_uri(DEMO_HOTKEY_URI)?),
         progress: progress.clone(),
         state,
         chain,
         beacon,
         engine,
+        recording: Recording::into_folder(settings.record.clone()),
     };
     Ok(LocalWorld { miner, trainer, events, progress, started })
 }
@@ -160,8 +167,10 @@ fn limits(settings: &LocalSettings) -> Limits {
     }
 }
 
-fn fleet_settings(settings: &LocalSettings) -> Result<FleetSettings, CommandError> {
-    let delegation = Delegation::open(Path::new("/")).map(Arc::new);
+fn fleet_settings(
+    settings: &LocalSettings,
+    delegation: Option<Arc<Delegation>>,
+) -> Result<FleetSettings, CommandError> {
     Ok(FleetSettings {
         runtime_dir: runtime_dir(&settings.runtime_base, "mine"),
         workers: WorkerSettings {

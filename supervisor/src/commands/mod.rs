@@ -64,6 +64,8 @@ pub enum CommandError {
     Output(#[source] std::io::Error),
     #[error("start the asynchronous runtime")]
     Runtime(#[source] std::io::Error),
+    #[error("a task ended abnormally")]
+    Task(#[source] tokio::task::JoinError),
     #[error("watch for signals")]
     Signals(#[source] std::io::Error),
     #[error("stopped at once; signed groups are in the spool, and the next start goes on with them")]
@@ -94,7 +96,7 @@ impl CommandError {
             Self::LocalChain(error) => of_local_chain(error),
             Self::Chain(_) => ExitCode::Unavailable,
             Self::Demo(crate::demo::DemoError::Unpack { .. }) | Self::Store { .. } => ExitCode::CannotWrite,
-            Self::Demo(_) | Self::Key(_) | Self::Runtime(_) | Self::Signals(_) => ExitCode::Bug,
+            Self::Demo(_) | Self::Key(_) | Self::Runtime(_) | Self::Task(_) | Self::Signals(_) => ExitCode::Bug,
             Self::Abandoned | Self::Control { .. } => ExitCode::Temporary,
             Self::NobodyThere { .. } => ExitCode::Unavailable,
             Self::NotTheirs { .. } => ExitCode::NotPermitted,

@@ -437,6 +437,9 @@ impl<L: WorkerLink> Follower<L> {
     }
 }
 
+/// Tokens of one batch of a worker whose last incarnation ran out of memory: a quarter of its default.
+const REDUCED_BATCH_TOKENS: u32 = 4_096;
+
 /// One slot's process.
 #[derive(Debug)]
 struct WorkerRole {
@@ -451,6 +454,11 @@ struct WorkerRole {
 }
 
 impl WorkerRole {
+    /// Starts on a smaller budget after an incarnation that ran out of memory.
+    fn batch_tokens(incarnation: Incarnation) -> Option<String> {
+        incarnation.reduced.then(|| REDUCED_BATCH_TOKENS.to_string())
+    }
+
     fn spec(&mut self, incarnation: Incarnation) -> Result<ChildSpec, child::ChildDefect> {
         let name = format!("worker-{}", self.slot);
         let place = (self.slot, incarnation);
@@ -462,7 +470,10 @@ impl WorkerRole {
             .argument("--model")
             .argument(folder)
             .arguments(["--device", &self.pin.device, "--dtype", self.settings.dtype])
-            .arguments(["--threads".to_owned(), self.settings.threads.to_string()]);
+            .arguments(["--threads".to_owned(), self.settings.threads.to_string()])
+            .arguments(
+                Self::batch_tokens(incarnation).into_iter().flat_map(|tokens| ["--batch-tokens".to_owned(), tokens]),
+            );
         Ok(pinning::confine(pinning::apply(spec, &self.pin), self.settings.delegation.as_deref()))
     }
 }

@@ -110,7 +110,9 @@ fn drops_have_reasons(world: &World, events: &[Event]) -> Result<(), String> {
         let has_cause = if reason.contains("cannot be read: simulated") {
             schedule.bad_samples > 0
         } else if reason.contains("poisonous") {
-            deaths >= 2
+            let kept = world.state_dir().join("poisonous").join(format!("window-{window}-group-{group}.groups"));
+            let recording = grail_ipc::record::read(&kept).map_err(|error| error.to_string())?;
+            deaths >= 2 && recording.groups.iter().map(|job| job.group).eq([*group])
         } else if reason.contains("out_of_memory") {
             schedule.has(|fault| matches!(fault, WorkerFault::OutOfMemory { .. }))
         } else if reason.contains("non_finite") {

@@ -1,0 +1,88 @@
+//! What a device can do, measured in this process: the yardstick of a forward pass.
+
+use std::time::{Duration, Instant};
+
+use tch::{Kind, Tensor};
+
+use crate::device::{Device, Dtype};
+use crate::error::TorchError;
+use crate::layers::Linear;
+
+/// Products that are timed; the median counts.
+const TIMED_PRODUCTS: usize = 9;
+
+/// Time that one square matrix product takes, as the forward pass computes its own.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MatrixProduct {
+    /// Rows and columns of both factors.
+    pub size: usize,
+    /// Median of some products behind a warm-up.
+    pub time: Duration,
+}
+
+impl MatrixProduct {
+    /// Measures products of `size` rows and columns.
+    ///
+    /// # Errors
+    /// [`TorchError`], for instance for want of memory.
+    pub fn measure(device: Device, dtype: Dtype, size: usize) -> Result<Self, TorchError> {
+        let _guard = tch::no_grad_guard();
+        let side = size as i64;
+        let random = || Tensor::f_randn([side, side], (Kind::Float, device.torch()))?.f_to_kind(dtype.kind());
+        let (x, matrix) = (random()?, Linear { weight: random()?, bias: None });
+        let mut times = Vec::with_capacity(TIMED_PRODUCTS);
+        for round in 0..=TIMED_PRODUCTS {
+            device.synchronize();
+            let started = Instant::now();
+            let product = matrix.forward(&x)?;
+            device.synchronize();
+            // The first one chooses its kernel and allocates.
+            if round > 0 {
+                times.push(started.elapsed());
+            }
+            drop(product);
+        }
+        times.sort_unstable();
+        let time = times.get(times.len() / 2).copied().unwrap_or_default();
+        Ok(Self { size, time })
+    }
+
+    /// Floating-point operations a second, a multiplication and an addition as two.
+    #[must_use]
+    pub fn flop_per_second(&self) -> f64 {
+        2.0 * (self.size as f64).powi(3) / self.time.as_secs_f64()
+    }
+}
+
+/// Memory of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// In use by all processes, as the driver counts it.
+    pub used_bytes: u64,
+    pub total_bytes: u64,
+}
+
+/// Memory of the current CUDA device, which is the first one unless somebody chose another; `None` where the CUDA runtime is not
+/// loaded or does not say.
+///
+/// libtorch keeps what it once allocated, so this is the peak, not what the last pass left.
+#[must_use]
+pub fn cuda_memory() -> Option<DeviceMemory> {
+    let (free, total) = crate::ffi::cuda_memory()?;
+    Some(DeviceMemory { used_bytes: (total.saturating_sub(free)) as u64, total_bytes: total as u64 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_are_measured_on_the_cpu_in_both_precisions() {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let measured = MatrixProduct::measure(Device::Cpu, dtype, 64).unwrap();
+            assert!(measured.time > Duration::ZERO && measured.flop_per_second() > 0.0);
+        }
+        let one_second = MatrixProduct { size: 100, time: Duration::from_secs(1) };
+        assert!((one_second.flop_per_second() - 2e6).abs() < 1.0);
+    }
+}
