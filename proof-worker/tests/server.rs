@@ -152,8 +152,13 @@ impl Server {
         let folder = tempfile::tempdir().unwrap();
         let runtime = RuntimeFolder::create(&folder.path().join("run")).unwrap();
         let socket = runtime.socket("worker.sock").unwrap();
-        let model =
-            ModelArguments { folder: model.into(), device: grail_model::Device::Cpu, dtype: None, threads: None };
+        let model = ModelArguments {
+            folder: model.into(),
+            device: grail_model::Device::Cpu,
+            dtype: None,
+            threads: None,
+            batch_tokens: 16_384,
+        };
         let arguments = ServeArguments { socket: socket.clone(), slot: 3, epoch: 5, token_fd: None, model };
         let token = Token::generate().unwrap();
         let expected = if is_alone { Expected::default() } else { Expected::child(SlotId(3), Epoch(5), token.clone()) };
@@ -409,8 +414,13 @@ async fn a_taken_socket_is_an_error() {
     let first = Server::start("weights-1", true);
     first.client().await;
     let second = {
-        let model =
-            ModelArguments { folder: "weights-1".into(), device: grail_model::Device::Cpu, dtype: None, threads: None };
+        let model = ModelArguments {
+            folder: "weights-1".into(),
+            device: grail_model::Device::Cpu,
+            dtype: None,
+            threads: None,
+            batch_tokens: 16_384,
+        };
         let arguments = ServeArguments { socket: first.socket.clone(), slot: 0, epoch: 0, token_fd: None, model };
         let loader: Arc<dyn Loader> = Arc::new(Puppets::default());
         serve(&arguments, None, loader, Arc::default()).await.unwrap_err()

@@ -9,20 +9,27 @@ use grail_supervisor::store::{WindowStore, window_key};
 
 use crate::generator::{completion, request_name};
 use crate::schedule::WorkerFault;
-use crate::worker::sketches;
-use crate::world::{WINDOWS, World, fixtures};
+use crate::world::{World, fixtures};
+
+/// Sketches of every row by its weights and tokens: the same in every world, or somebody mixed something up.
+pub type Proved = BTreeMap<(WeightsHash, Vec<TokenId>), Vec<u32>>;
 
 /// Checks all promises; says which one is broken.
-pub fn promises(world: &World) -> Result<(), String> {
+pub fn promises(world: &World, proved: &mut Proved) -> Result<(), String> {
     let events = journal::read(&world.state_dir()).map_err(|error| error.to_string())?;
-    for (window, weights) in WINDOWS {
-        let window = WindowStart::try_from(window).unwrap();
-        one_window(world, &events, window, weights).map_err(|broken| format!("window {window}: {broken}"))?;
+    for (window, target) in &world.pace.targets {
+        one_window(world, &events, (*window, target.weights), proved)
+            .map_err(|broken| format!("window {window}: {broken}"))?;
     }
     drops_have_reasons(world, &events)
 }
 
-fn one_window(world: &World, events: &[Event], window: WindowStart, weights: WeightsHash) -> Result<(), String> {
+fn one_window(
+    world: &World,
+    events: &[Event],
+    (window, weights): (WindowStart, WeightsHash),
+    proved: &mut Proved,
+) -> Result<(), String> {
     let mut spooled = BTreeSet::new();
     let mut uploads = 0;
     for event in events {
@@ -53,7 +60,8 @@ fn one_window(world: &World, events: &[Event], window: WindowStart, weights: Wei
         return Err(format!("spooled groups {missing:?} are not in the file"));
     }
     for (group, rows) in &file {
-        whole_and_unmixed(window, *group, rows, weights).map_err(|broken| format!("group {group}: {broken}"))?;
+        whole_and_unmixed((window, *group), rows, weights, proved)
+            .map_err(|broken| format!("group {group}: {broken}"))?;
     }
     let key = window_key(fixtures().signer.hotkey(), window).to_string();
     let (puts, most) = (world.store.puts_of(&key), 1 + world.schedule.store.len() + world.crashes);
@@ -76,7 +84,12 @@ fn read(world: &World, window: WindowStart) -> Result<BTreeMap<i64, Vec<ReadRow>
     Ok(groups)
 }
 
-fn whole_and_unmixed(window: WindowStart, group: i64, rows: &[ReadRow], weights: WeightsHash) -> Result<(), String> {
+fn whole_and_unmixed(
+    (window, group): (WindowStart, i64),
+    rows: &[ReadRow],
+    weights: WeightsHash,
+    proved: &mut Proved,
+) -> Result<(), String> {
     let indexes: BTreeSet<_> = rows.iter().map(|row| row.rollout_index).collect();
     if rows.len() != 16 || indexes.len() != 16 {
         return Err(format!("{} rows with {} different indexes", rows.len(), indexes.len()));
@@ -85,12 +98,13 @@ fn whole_and_unmixed(window: WindowStart, group: i64, rows: &[ReadRow], weights:
         let rollout = usize::try_from(row.rollout_index.ok_or("a row without index")?).unwrap();
         let List::Plain(tokens) = &row.commit.tokens else { return Err("a row without tokens".to_owned()) };
         let tokens: Vec<TokenId> = tokens.iter().map(|token| TokenId(u32::try_from(*token).unwrap())).collect();
-        let drawn = completion(&request_name(window.block().0, group, rollout), fixtures().files.eos_token);
+        let drawn = completion(&request_name(window.block().0, group, rollout));
         if !tokens.ends_with(&drawn) {
             return Err(format!("rollout {rollout} holds another completion than was drawn for it"));
         }
-        if row.commit.commitments.sketches() != Some(&sketches(&tokens, 0, weights)[..]) {
-            return Err(format!("rollout {rollout} was not proved with the window's weights"));
+        let found = row.commit.commitments.sketches().ok_or("a row without sketches")?;
+        if found != proved.entry((weights, tokens)).or_insert_with(|| found.to_vec()) {
+            return Err(format!("rollout {rollout} was proved with other weights than the same tokens elsewhere"));
         }
         let expected = i64::try_from(crate::world::checkpoint(window).0).unwrap();
         if row.checkpoint_window != Some(expected) {

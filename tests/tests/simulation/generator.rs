@@ -15,9 +15,10 @@ use crate::schedule::derived;
 #[derive(Debug)]
 pub struct SimGenerator {
     pub seed: u64,
-    pub eos_token: TokenId,
     /// Percent of samples that fail.
     pub bad_samples: u64,
+    /// Real worlds are faster by this.
+    pub haste: u32,
     /// Nothing is drawn in this time.
     pub outage: Option<(Instant, Instant)>,
     pub drawn: AtomicU64,
@@ -29,7 +30,7 @@ impl Generator for SimGenerator {
             let name = sample.rid.bytes().map(u64::from).collect::<Vec<_>>();
             let attempt = self.drawn.fetch_add(1, Ordering::Relaxed);
             let luck = derived(&[self.seed, 3, derived(&name), attempt]);
-            tokio::time::sleep(Duration::from_millis(1_000 + luck % 20_000)).await;
+            tokio::time::sleep(Duration::from_millis(1_000 + luck % 20_000) / self.haste).await;
             if let Some((from, until)) = self.outage
                 && (from..until).contains(&Instant::now())
             {
@@ -39,7 +40,7 @@ impl Generator for SimGenerator {
                 let detail = "simulated".to_owned();
                 return Err(GenerationError::Unreadable { rid: sample.rid, detail });
             }
-            Ok(completion(&sample.rid, self.eos_token))
+            Ok(completion(&sample.rid))
         }
         .boxed()
     }
@@ -49,18 +50,15 @@ impl Generator for SimGenerator {
     }
 }
 
+/// Tokens of every completion: the most that the window allows, so that a model need not find its end likely.
+pub const COMPLETION_TOKENS: usize = CHALLENGE_K + 8;
+
 /// What is drawn for the request `rid`.
-pub fn completion(rid: &str, eos_token: TokenId) -> Vec<TokenId> {
+pub fn completion(rid: &str) -> Vec<TokenId> {
     let name = derived(&rid.bytes().map(u64::from).collect::<Vec<_>>());
-    let length = CHALLENGE_K + usize::try_from(name % 8).unwrap();
     // Printable characters of the demo's byte-level vocabulary.
     let token = |position: usize| TokenId(20 + u32::try_from(derived(&[name, position as u64]) % 60).unwrap());
-    let mut tokens: Vec<TokenId> = (1..length).map(token).filter(|token| *token != eos_token).collect();
-    while tokens.len() < length - 1 {
-        tokens.push(TokenId(20));
-    }
-    tokens.push(eos_token);
-    tokens
+    (0..COMPLETION_TOKENS).map(token).collect()
 }
 
 /// Name of a request, as the miner makes it.

@@ -10,11 +10,13 @@
 
 mod checks;
 mod generator;
+mod real;
 mod schedule;
 mod store;
 mod worker;
 mod world;
 
+use grail_protocol::ids::{TokenId, WeightsHash};
 use grail_supervisor::journal::{self, Event};
 use world::World;
 
@@ -51,7 +53,18 @@ impl Reached {
 fn run(seed: u64, reached: &mut Reached) -> String {
     let mut world = World::new(seed);
     world.live_through();
-    if let Err(broken) = checks::promises(&world) {
+    let mut proved = checks::Proved::new();
+    let kept = checks::promises(&world, &mut proved).and_then(|()| {
+        let is_right = |((weights, tokens), found): (&(WeightsHash, Vec<TokenId>), &Vec<u32>)| {
+            *found == worker::sketches(tokens, 0, *weights)
+        };
+        if proved.iter().all(is_right) {
+            Ok(())
+        } else {
+            Err("a row was not proved with its window's weights".to_owned())
+        }
+    });
+    if let Err(broken) = kept {
         panic!(
             "seed {seed}: {broken}\nschedule: {:#?}\njournal:\n{}\nreplay with GRAIL_SIMULATION_SEED={seed}",
             world.schedule,

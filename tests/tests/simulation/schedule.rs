@@ -168,6 +168,52 @@ impl Schedule {
     }
 }
 
+impl Schedule {
+    /// The faults of one life as a worker program understands them.
+    pub fn fault_text(&self, life: usize) -> String {
+        let of_life = self.workers.iter().filter(|((of, _, _), _)| *of == life);
+        of_life.map(|((_, slot, epoch), fault)| fault.text(*slot, *epoch)).collect::<Vec<_>>().join(";")
+    }
+}
+
+impl WorkerFault {
+    /// The same at one of the first two groups, for worlds of few groups.
+    pub fn sooner(self) -> Self {
+        let sooner = |nth: u64| 1 + nth % 2;
+        match self {
+            Self::Dies { nth } => Self::Dies { nth: sooner(nth) },
+            Self::AnswersAfterDeath { nth } => Self::AnswersAfterDeath { nth: sooner(nth) },
+            Self::HangsProving { nth } => Self::HangsProving { nth: sooner(nth) },
+            Self::Freezes { nth } => Self::Freezes { nth: sooner(nth) },
+            Self::Nonsense { nth } => Self::Nonsense { nth: sooner(nth) },
+            Self::OutOfMemory { nth } => Self::OutOfMemory { nth: sooner(nth) },
+            Self::NotFinite { nth } => Self::NotFinite { nth: sooner(nth) },
+            other => other,
+        }
+    }
+
+    fn text(self, slot: u32, epoch: u64) -> String {
+        let (fault, nth) = match self {
+            Self::NotSpawned => ("exit=70@starting", 1),
+            Self::DiesStarting => ("segv@starting", 1),
+            // What waits for the limit of a start is a test of its own.
+            Self::HangsStarting => ("slow=700@loaded", 1),
+            Self::OldVersion => ("wrong_version@hello", 1),
+            Self::Dies { nth } => ("kill@mid_proof", nth),
+            Self::AnswersAfterDeath { nth } => ("kill@replying", nth),
+            Self::HangsProving { nth } => ("hang@mid_proof", nth),
+            Self::Freezes { nth } => ("stop@mid_proof", nth),
+            Self::Nonsense { nth } => ("garbage@replying", nth),
+            Self::OutOfMemory { nth } => ("oom@mid_proof", nth),
+            Self::NotFinite { nth } => ("nan@mid_proof", nth),
+            Self::DiesReloading => ("kill@reload", 1),
+            Self::HangsReloading => ("hang@reload", 1),
+            Self::RefusesReload => ("slow=100@reload", 1),
+        };
+        format!("{fault},slot={slot},epoch={epoch},nth={nth}")
+    }
+}
+
 fn worker_fault(random: &mut Random) -> WorkerFault {
     let nth = 1 + random.below(4);
     match random.below(28) {

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
+use grail_checkpoint::GenerationParams;
 use grail_environments::{Environment, EnvironmentId, Split, ThinkingMode};
 use grail_ipc::messages::SlotId;
 use grail_process::restart::RestartPolicy;
@@ -18,7 +19,7 @@ use grail_supervisor::clock::Clock;
 use grail_supervisor::demo::Demo;
 use grail_supervisor::engine::{Engine, EngineError, Limits, StopSignals};
 use grail_supervisor::environments::EnvironmentSource;
-use grail_supervisor::fleet::{FleetError, Heartbeat, Observers, SlotCommand, SlotLimits, Target, Workers};
+use grail_supervisor::fleet::{FleetError, Heartbeat, Observers, SlotCommand, SlotLimits, Target, WorkerLink, Workers};
 use grail_supervisor::group::WindowParts;
 use grail_supervisor::journal::{self, Event, Journal};
 use grail_supervisor::offload::Offload;
@@ -30,21 +31,62 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::generator::SimGenerator;
+use crate::generator::{COMPLETION_TOKENS, SimGenerator};
 use crate::schedule::Schedule;
 use crate::store::SimStore;
 use crate::worker::{SimLink, SimRole};
 
 /// Far enough in the future that no real clock stamps anything later than a deadline.
 const BEGINNING: Duration = Duration::from_secs(4_102_444_800);
-const BLOCK: Duration = Duration::from_secs(12);
 /// How long an init system takes to start the supervisor again.
 const RESTART: Duration = Duration::from_secs(2);
 /// Lives after which a world is stuck.
 const MOST_LIVES: usize = 14;
 
-/// The windows that are mined, with the weights of each.
-pub const WINDOWS: [(u64, WeightsHash); 2] = [(3_000, WeightsHash(0xa)), (3_030, WeightsHash(0xb))];
+/// How fast a world is, and what its workers are.
+#[derive(Debug, Clone)]
+pub struct Pace {
+    pub block: Duration,
+    /// Between the deadline and the end of a window.
+    pub slack: Duration,
+    /// What latencies and times of the schedule are divided by.
+    pub haste: u32,
+    pub limits: SlotLimits,
+    /// The windows that are mined, with the weights of each.
+    pub targets: Vec<(WindowStart, Target)>,
+    pub is_virtual: bool,
+}
+
+pub fn window(number: u64) -> WindowStart {
+    WindowStart::try_from(number).unwrap()
+}
+
+impl Pace {
+    /// Virtual time and simulated workers: everything is as slow as on a real host.
+    fn simulated() -> Self {
+        let target = |number, weights| {
+            let window = window(number);
+            let target = Target { checkpoint: checkpoint(window), folder: PathBuf::from("simulated"), weights };
+            (window, target)
+        };
+        Self {
+            block: Duration::from_secs(12),
+            slack: Duration::from_secs(4),
+            haste: 1,
+            limits: SlotLimits {
+                start: Duration::from_secs(30),
+                reload: Duration::from_secs(20),
+                prove: Duration::from_secs(60),
+                drain: Duration::from_secs(30),
+                heartbeat: Heartbeat { every: Duration::from_secs(5), limit: Duration::from_secs(15) },
+                restart: RestartPolicy::default(),
+                jitter_seed: None,
+            },
+            targets: vec![target(3_000, WeightsHash(0xa)), target(3_030, WeightsHash(0xb))],
+            is_virtual: true,
+        }
+    }
+}
 
 /// What all worlds share: the demo's data set, tokenizer and policy.
 pub struct Fixtures {
@@ -71,6 +113,7 @@ pub fn fixtures() -> &'static Fixtures {
 /// One simulated host, over all lives of its supervisor.
 pub struct World {
     pub schedule: Schedule,
+    pub pace: Pace,
     pub folder: tempfile::TempDir,
     pub store: Arc<SimStore>,
     now: SystemTime,
@@ -79,18 +122,19 @@ pub struct World {
 }
 
 impl World {
+    /// A simulated one.
     pub fn new(seed: u64) -> Self {
-        let schedule = Schedule::new(seed);
+        let mut pace = Pace::simulated();
+        pace.limits.jitter_seed = Some(seed);
+        Self::at(Schedule::new(seed), pace, SystemTime::UNIX_EPOCH + BEGINNING)
+    }
+
+    /// A world whose clock stands at `now`.
+    pub fn at(schedule: Schedule, pace: Pace, now: SystemTime) -> Self {
         // In memory where that is possible: a simulation appends and syncs a great many records.
         let memory = PathBuf::from("/dev/shm");
         let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
-        Self {
-            store: SimStore::new(&schedule.store),
-            schedule,
-            folder: folder.unwrap(),
-            now: SystemTime::UNIX_EPOCH + BEGINNING,
-            crashes: 0,
-        }
+        Self { store: SimStore::new(&schedule.store), schedule, pace, folder: folder.unwrap(), now, crashes: 0 }
     }
 
     pub fn state_dir(&self) -> PathBuf {
@@ -117,14 +161,19 @@ impl World {
 
     /// One life of the supervisor after the other, until all windows are over.
     pub fn live_through(&mut self) {
+        self.live_through_with(|world, life, target, observers| world.simulated_workers(life, target, observers));
+    }
+
+    /// The same with the workers that `start` makes.
+    pub fn live_through_with<L: WorkerLink>(&mut self, start: impl Fn(&Self, usize, Target, &Observers) -> Workers<L>) {
         for life in 0..MOST_LIVES {
             // Every life has a runtime of its own: a crash takes all its tasks with it.
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-            let limit = self.schedule.crashes.get(life).copied();
+            let mut runtime = tokio::runtime::Builder::new_current_thread();
+            let runtime = runtime.enable_all().start_paused(self.pace.is_virtual).build().unwrap();
+            let limit = self.schedule.crashes.get(life).map(|limit| *limit / self.pace.haste);
             let (ended, lasted) = runtime.block_on(async {
                 let began = Instant::now();
-                let run = self.live(life);
+                let run = self.live(life, &start);
                 let ended = match limit {
                     Some(limit) => tokio::time::timeout(limit, run).await.ok(),
                     None => Some(run.await),
@@ -132,7 +181,7 @@ impl World {
                 (ended, began.elapsed())
             });
             drop(runtime);
-            self.now += lasted + RESTART;
+            self.now = if self.pace.is_virtual { self.now + lasted + RESTART } else { SystemTime::now() };
             match ended {
                 Some(Ok(())) => return,
                 // An init system starts the supervisor anew; it comes back for the next window.
@@ -150,9 +199,8 @@ impl World {
     /// Leaves part of a record at the end of the newest spool, as a crash in mid-append does.
     fn tear_spool(&self, life: usize) {
         let bytes = self.schedule.torn_bytes[life];
-        let newest = WINDOWS.iter().rev().map(|(window, _)| {
-            grail_supervisor::spool::path_of(&self.state_dir().join("spool"), WindowStart::try_from(*window).unwrap())
-        });
+        let path = |window| grail_supervisor::spool::path_of(&self.state_dir().join("spool"), window);
+        let newest = self.pace.targets.iter().rev().map(|(window, _)| path(*window));
         if let Some(path) = newest.into_iter().find(|path| path.is_file()) {
             let mut content = std::fs::read(&path).unwrap();
             content.extend(std::iter::repeat_n(0x5a, bytes));
@@ -160,9 +208,13 @@ impl World {
         }
     }
 
-    async fn live(&self, life: usize) -> Result<(), EngineError> {
+    async fn live<L: WorkerLink>(
+        &self,
+        life: usize,
+        start: impl Fn(&Self, usize, Target, &Observers) -> Workers<L>,
+    ) -> Result<(), EngineError> {
         let clock = Clock::starting_at(self.now);
-        let settings = LocalChainSettings { seed: Some("simulation".to_owned()), block_time: Some(BLOCK) };
+        let settings = LocalChainSettings { seed: Some("simulation".to_owned()), block_time: Some(self.pace.block) };
         let chain = Arc::new(LocalChain::open_or_start(&self.state_dir(), &settings, &clock).unwrap());
         let (notes, mut events) = mpsc::unbounded_channel();
         let mut journal_of_children = Journal::open(&self.state_dir(), clock.clone()).unwrap();
@@ -183,14 +235,14 @@ impl World {
                 max_groups: self.schedule.max_groups,
                 max_file_bytes: 330 << 20,
             },
-            gate: TimeGate::new(1).with_block_time(BLOCK),
+            gate: TimeGate::new(1).with_block_time(self.pace.block),
             journal: Journal::open(&self.state_dir(), clock.clone()).unwrap(),
             clock: clock.clone(),
             started: Instant::now(),
         };
-        let mut workers: Option<Workers<SimLink>> = None;
-        for (window, weights) in WINDOWS {
-            let window = WindowStart::try_from(window).unwrap();
+        let mut workers: Option<Workers<L>> = None;
+        for (window, target) in &self.pace.targets {
+            let window = *window;
             if self.is_uploaded(window) {
                 continue;
             }
@@ -198,11 +250,14 @@ impl World {
             if chain.head().await.unwrap().block >= window.end() {
                 continue;
             }
-            let target = Target { checkpoint: checkpoint(window), folder: PathBuf::from("simulated"), weights };
             let is_new = workers.is_none();
-            let workers = workers.get_or_insert_with(|| self.start_workers(life, target.clone(), &observers));
+            let workers = workers.get_or_insert_with(|| {
+                let workers = start(self, life, target.clone(), &observers);
+                self.obey_operator(life, &workers, &observers);
+                workers
+            });
             let fleet = async { if is_new { workers.wait_ready().await } else { workers.roll(target.clone()).await } };
-            let parts = self.parts(window, weights, &chain, &observers, &clock).await;
+            let parts = self.parts(window, target.weights, &chain, &observers, &clock).await;
             engine.run_window(Arc::new(parts), &StopSignals::default(), fleet).await?;
         }
         if let Some(workers) = workers {
@@ -218,47 +273,36 @@ impl World {
             .any(|event| matches!(event, Event::WindowUploaded { window: uploaded, .. } if *uploaded == window))
     }
 
-    fn start_workers(&self, life: usize, target: Target, observers: &Observers) -> Workers<SimLink> {
+    fn simulated_workers(&self, life: usize, target: Target, observers: &Observers) -> Workers<SimLink> {
         let schedule = &self.schedule;
-        let heartbeat = Heartbeat { every: Duration::from_secs(5), limit: Duration::from_secs(15) };
-        let limits = SlotLimits {
-            start: Duration::from_secs(30),
-            reload: Duration::from_secs(20),
-            prove: Duration::from_secs(60),
-            drain: Duration::from_secs(30),
-            heartbeat,
-            restart: RestartPolicy::default(),
-            jitter_seed: Some(schedule.seed),
-        };
         let role = |slot: SlotId, target, facts| SimRole {
             seed: schedule.seed,
             slot,
             target,
             facts,
-            heartbeat,
+            heartbeat: self.pace.limits.heartbeat,
             faults: (1..=8).map(|number| schedule.workers.get(&(life, slot.0, number)).copied()).collect(),
         };
-        let workers = Workers::start_with(schedule.slots, &limits, target, observers, role);
-        for (when, slot, restarts) in schedule
-            .operator
-            .iter()
-            .filter(|order| order.0 == life)
-            .map(|(_, when, slot, restarts)| (*when, *slot, *restarts))
-        {
+        Workers::start_with(schedule.slots, &self.pace.limits, target, observers, role)
+    }
+
+    fn obey_operator<L: WorkerLink>(&self, life: usize, workers: &Workers<L>, observers: &Observers) {
+        for (_, when, slot, restarts) in self.schedule.operator.iter().filter(|order| order.0 == life) {
+            let (slot, when, restarts) = (SlotId(*slot), *when / self.pace.haste, *restarts);
+            let pause = Duration::from_secs(45) / self.pace.haste;
             let handle = workers.handle(&observers.queue);
             tokio::spawn(async move {
                 tokio::time::sleep(when).await;
                 // Refused where it has no meaning at that time.
                 if restarts {
-                    drop(handle.command(SlotId(slot), SlotCommand::Restart));
+                    drop(handle.command(slot, SlotCommand::Restart));
                 } else {
-                    drop(handle.command(SlotId(slot), SlotCommand::Drain));
-                    tokio::time::sleep(Duration::from_secs(45)).await;
-                    drop(handle.command(SlotId(slot), SlotCommand::Release));
+                    drop(handle.command(slot, SlotCommand::Drain));
+                    tokio::time::sleep(pause).await;
+                    drop(handle.command(slot, SlotCommand::Release));
                 }
             });
         }
-        workers
     }
 
     async fn parts(
@@ -284,14 +328,14 @@ impl World {
             environment: EnvironmentId::Gsm8k,
             split: Split::resolve(EnvironmentId::Gsm8k, None).unwrap(),
             thinking: ThinkingMode::Instructed,
-            sampling: fixtures.demo.generation,
+            sampling: GenerationParams { max_tokens: COMPLETION_TOKENS as u64, ..fixtures.demo.generation },
             dtype: "float32",
             dataset_rows: fixtures.demo.dataset_rows.clone(),
-            deadline: chain.expected_time(window.end()).await.unwrap() - Duration::from_secs(4),
+            deadline: chain.expected_time(window.end()).await.unwrap() - self.pace.slack,
         };
         let outage = self.schedule.outage.map(|(after, lasts)| {
-            let from = Instant::now() + after;
-            (from, from + lasts)
+            let from = Instant::now() + after / self.pace.haste;
+            (from, from + lasts / self.pace.haste)
         });
         WindowParts {
             plan,
@@ -304,8 +348,8 @@ impl World {
             max_model_len: fixtures.files.max_position_embeddings,
             generator: Arc::new(SimGenerator {
                 seed: self.schedule.seed,
-                eos_token: fixtures.files.eos_token,
                 bad_samples: self.schedule.bad_samples,
+                haste: self.pace.haste,
                 outage,
                 drawn: AtomicU64::new(0),
             }),
