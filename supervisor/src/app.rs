@@ -1,7 +1,7 @@
 //! From the command line to an exit code.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use grail_ipc::messages::SlotId;
@@ -9,13 +9,16 @@ use grail_process::ExitCode;
 use grail_protocol::randomness::ChallengeRandomness;
 use grail_telemetry::{Format, Options};
 
-use crate::cli::{self, Cli, Command, ConfigArgs, MineArgs, SlotArgs, StateArgs, StatusArgs, StopArgs, VerifyArgs};
+use crate::cli::{
+    self, Cli, Command, ConfigArgs, LocalDevice, MineArgs, SlotArgs, StateArgs, StatusArgs, StopArgs, VerifyArgs,
+};
 use crate::commands::control::{self, Form, Wait, Whereabouts};
 use crate::commands::local::LocalSettings;
 use crate::commands::verify::{FileOptions, JudgeSettings};
 use crate::commands::{CommandError, mine, verify};
-use crate::config::{Config, ConfigError, FlagValue, Inputs, Mode, Origin, env_example};
-use crate::fleet::{Heartbeat, SlotCommand, SlotLimits};
+use crate::config::{Config, ConfigError, FlagValue, GpuRequest, Inputs, Mode, Origin, env_example};
+use crate::fleet::{Heartbeat, SlotCommand, SlotLimits, SlotPin};
+use crate::gpus::{self, HostGpus};
 use crate::terminal::{is_reader_gone, note};
 use crate::verify::table;
 use grail_process::with_causes;
@@ -64,12 +67,23 @@ fn mine_command(args: &MineArgs, inputs: &Inputs, verbosity: u8) -> ExitCode {
         tracing::warn!("{warning}");
     }
     if !args.local {
+        // Wrong numbers of GPUs are said before anything else.
+        if let Some(request) = config.gpu_request() {
+            let host = block_on_gpus(&config);
+            if let Err(error) = host.and_then(|host| Ok(gpus::layout(&host, &request)?)) {
+                return fail(&error);
+            }
+        }
         note(format_args!(
             "grail-supervisor: error: this build mines the embedded default only; run `grail-supervisor mine --local`"
         ));
         return ExitCode::Configuration;
     }
-    let settings = local_settings(args, &config);
+    let pins = match local_pins(args, &config) {
+        Ok(pins) => pins,
+        Err(error) => return fail(&error),
+    };
+    let settings = local_settings(args, &config, pins);
     let windows = args.windows.map(|windows| usize::try_from(windows).unwrap_or(usize::MAX));
     block_on(async {
         let summary = mine::local(&settings, windows).await?;
@@ -77,7 +91,18 @@ fn mine_command(args: &MineArgs, inputs: &Inputs, verbosity: u8) -> ExitCode {
     })
 }
 
-fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
+/// One pin a worker: its share of the CPUs, or its GPU.
+fn local_pins(args: &MineArgs, config: &Config) -> Result<Vec<SlotPin>, CommandError> {
+    if args.device == LocalDevice::Cpu {
+        let slots = usize::try_from(config.proof.cpu_workers.value).unwrap_or(usize::MAX);
+        return Ok(gpus::cpu_pins(slots, Path::new("/")));
+    }
+    let host = block_on_gpus(config)?;
+    let layout = gpus::layout(&host, &GpuRequest { generation: None, proof: config.proof.gpus.clone() })?;
+    Ok(gpus::slot_pins(&layout, &host, Path::new("/")))
+}
+
+fn local_settings(args: &MineArgs, config: &Config, pins: Vec<SlotPin>) -> LocalSettings {
     let limits = &config.limits;
     let max_groups = match limits.max_groups.origin {
         Origin::Default => LOCAL_MAX_GROUPS,
@@ -93,8 +118,8 @@ fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
         block_time: config.local.block_time.value,
         use_drand: !args.no_drand,
         trainer: !args.no_trainer,
-        workers: config.proof.cpu_workers.value,
         slot_limits: slot_limits(config),
+        pins,
         open_groups: generation.groups_per_batch.value.map(size),
         max_groups: size(max_groups),
         max_file_bytes: limits.max_file_bytes.value,
@@ -107,6 +132,21 @@ fn local_settings(args: &MineArgs, config: &Config) -> LocalSettings {
         keep_windows: config.folders.keep_windows.value,
         record: args.record.clone(),
     }
+}
+
+/// The GPUs of this host as this process and its configuration show them.
+fn block_on_gpus(config: &Config) -> Result<HostGpus, CommandError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CommandError::Runtime)?;
+    let host = runtime.block_on(HostGpus::read(Path::new("/"), |name| visible_variable(config, name)));
+    for warning in gpus::warnings(&host) {
+        tracing::warn!("{warning}");
+    }
+    Ok(host)
+}
+
+/// A variable of another program, from the environment, else from the `.env` file.
+fn visible_variable(config: &Config, name: &str) -> Option<String> {
+    std::env::var(name).ok().or_else(|| config.passthrough.get(name).cloned())
 }
 
 fn slot_limits(config: &Config) -> SlotLimits {

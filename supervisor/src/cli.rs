@@ -119,6 +119,13 @@ pub enum Command {
     Man,
 }
 
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LocalDevice {
+    Cpu,
+    Cuda,
+}
+
 /// Options of `mine`.
 #[derive(Debug, Clone, Args)]
 pub struct MineArgs {
@@ -155,6 +162,13 @@ pub struct MineArgs {
     /// Mine from the checkpoints that the local store holds; publish none.
     #[arg(long, requires = "local")]
     pub no_trainer: bool,
+
+    /// Where proofs run with --local.
+    ///
+    /// With cuda, GRAIL_PIPELINE_PROOF_GPU_IDS or GRAIL_PIPELINE_PROOF_GPU name the GPUs, one worker each; generation stays on
+    /// the CPU.
+    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = LocalDevice::Cpu, requires = "local")]
+    pub device: LocalDevice,
 
     /// Length of a simulated block in milliseconds [GRAIL_LOCAL_BLOCK_MS].
     #[arg(long, value_name = "MS", requires = "local")]

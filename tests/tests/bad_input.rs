@@ -231,3 +231,23 @@ fn rename_tensor(path: &Path, from: &str, to: &str) {
 fn find(bytes: &[u8], needle: &[u8]) -> Option<usize> {
     bytes.windows(needle.len()).position(|window| window == needle)
 }
+
+#[test]
+fn gpus_that_are_not_there_are_all_in_one_report() {
+    let folder = tempfile::tempdir().unwrap();
+    let variables = [("CUDA_VISIBLE_DEVICES", ""), ("GRAIL_PIPELINE_PROOF_GPU_IDS", "6,7")];
+    let state = folder.path().join("state");
+    let arguments = ["mine", "--local", "--device", "cuda", "--state-dir", state.to_str().unwrap()];
+    let finished = Run::start("grail-supervisor", &arguments, folder.path(), &variables).wait();
+    assert_eq!(finished.code, Some(78), "{finished:#?}");
+    let said = &finished.stderr;
+    for index in ["6", "7"] {
+        let named = said.lines().any(|line| {
+            line.contains("ProtocolViolationError")
+                && line.contains("GRAIL_PIPELINE_PROOF_GPU_IDS")
+                && line.contains(index)
+        });
+        assert!(named, "GPU {index}: {said}");
+    }
+    assert!(!state.exists(), "nothing was started");
+}

@@ -24,8 +24,7 @@ use crate::control::socket_base;
 use crate::demo::Demo;
 use crate::engine::{Engine, Limits};
 use crate::environments::EnvironmentSource;
-use crate::fleet::{Fleet, FleetSettings, ServerSettings, SlotLimits, WorkerSettings, sibling_program};
-use crate::gpus::cpu_pins;
+use crate::fleet::{Fleet, FleetSettings, ServerSettings, SlotLimits, SlotPin, WorkerSettings, sibling_program};
 use crate::journal::{Event, Journal};
 use crate::miner::Miner;
 use crate::progress::Progress;
@@ -47,7 +46,8 @@ pub struct LocalSettings {
     pub use_drand: bool,
     /// Whether the demo checkpoints are published into the local store; without, it must hold some.
     pub trainer: bool,
-    pub workers: u32,
+    /// One a worker; all on the CPU, or all on GPUs.
+    pub pins: Vec<SlotPin>,
     pub slot_limits: SlotLimits,
     pub open_groups: Option<usize>,
     pub max_groups: usize,
@@ -159,7 +159,7 @@ pub fn open_store(path: &Path) -> Result<Arc<dyn ObjectStore>, CommandError> {
 
 fn limits(settings: &LocalSettings) -> Limits {
     let concurrent = settings.max_concurrent.unwrap_or(BUILTIN_CONCURRENT);
-    let automatic = crate::engine::automatic_open_groups(Some(concurrent), settings.workers as usize);
+    let automatic = crate::engine::automatic_open_groups(Some(concurrent), settings.pins.len());
     Limits {
         open_groups: settings.open_groups.unwrap_or(automatic).max(1),
         max_groups: settings.max_groups,
@@ -176,7 +176,7 @@ fn fleet_settings(
         workers: WorkerSettings {
             delegation: delegation.clone(),
             limits: settings.slot_limits.clone(),
-            ..cpu_workers(settings.workers, &settings.child_variables)?
+            ..worker_settings(settings.pins.clone(), &settings.child_variables)?
         },
         server: ServerSettings {
             launcher: sibling_program("grail-gen-launcher")?,
@@ -197,19 +197,22 @@ fn fleet_settings(
     })
 }
 
-/// Workers on the CPU that share the host's cores evenly.
+/// Workers where `pins` say; those on the CPU share its cores evenly.
 ///
 /// # Errors
 /// If the worker's program is missing.
-pub fn cpu_workers(slots: u32, variables: &[(&'static str, String)]) -> Result<WorkerSettings, CommandError> {
-    let slots = slots.max(1) as usize;
+pub fn worker_settings(
+    pins: Vec<SlotPin>,
+    variables: &[(&'static str, String)],
+) -> Result<WorkerSettings, CommandError> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let on_cpu = pins.iter().all(|pin| pin.visible.is_none());
     Ok(WorkerSettings {
         program: sibling_program("grail-proof-worker")?,
-        pins: cpu_pins(slots, Path::new("/")),
         variables: variables.to_vec(),
-        dtype: "float32",
-        threads: (cores / slots).max(1),
+        dtype: if on_cpu { "float32" } else { "bfloat16" },
+        threads: (cores / pins.len().max(1)).max(1),
+        pins,
         limits: SlotLimits::default(),
         delegation: None,
     })

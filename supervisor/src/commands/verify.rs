@@ -13,11 +13,12 @@ use grail_protocol::window_file::{ReadError, read_bytes};
 use serde::Serialize;
 
 use super::CommandError;
-use super::local::{cpu_workers, open_store, runtime_dir};
+use super::local::{open_store, runtime_dir, worker_settings};
 use crate::beacon::Beacon;
 use crate::chain::LocalChain;
 use crate::clock::Clock;
 use crate::fleet::{self, Target, Workers};
+use crate::gpus::cpu_pins;
 use crate::state;
 use crate::store::{WindowStore, window_key};
 use crate::verify::context::{self, Context, ContextError};
@@ -138,7 +139,7 @@ async fn judge(
     let checkpoint = verification.context().checkpoint_window;
     let runtime = runtime_dir(&settings.runtime_base, "verify");
     let start = || async {
-        let mut worker = cpu_workers(1, &settings.variables)?;
+        let mut worker = worker_settings(cpu_pins(1, Path::new("/")), &settings.variables)?;
         worker.dtype = verification.dtype();
         let hashed = folder.clone();
         let hash = move || grail_checkpoint::WeightsFiles::open(&hashed)?.hash();
