@@ -1,6 +1,7 @@
 //! The proof workers as seen by the engine: jobs go in, proofs come out, whoever makes them.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::FutureExt;
@@ -38,6 +39,8 @@ pub enum ProofError {
     Poisonous { deaths: u32 },
     #[error("no worker is left")]
     NoWorkers,
+    #[error("the proof was abandoned by a defect of this program")]
+    Abandoned,
 }
 
 /// Maker of proofs.
@@ -127,7 +130,7 @@ impl Prover for ProofQueue {
     fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'_, Result<Proof, ProofError>> {
         let (answer, waiting) = oneshot::channel();
         self.send(Message::Job(job, answer));
-        async { waiting.await.unwrap_or(Err(ProofError::NoWorkers)) }.boxed()
+        async { waiting.await.unwrap_or(Err(ProofError::Abandoned)) }.boxed()
     }
 }
 
@@ -145,6 +148,15 @@ struct Pending {
 struct Lane {
     worker: Arc<dyn Worker>,
     load: Load,
+    /// It has a job that was on a worker that died: nothing beside it shares the blame should it happen again.
+    is_alone: bool,
+}
+
+impl Lane {
+    fn has_room(&self, pending: &Pending) -> bool {
+        let room = if pending.deaths > 0 { 1 } else { IN_FLIGHT_PER_WORKER };
+        !self.is_alone && self.load.jobs < room
+    }
 }
 
 /// One task owns all lanes and the queue: least loaded lane by tokens, two jobs a lane.
@@ -181,7 +193,9 @@ impl Dispatcher {
             }
             while let Some((worker, pending)) = self.next() {
                 running.spawn(async move {
-                    let result = worker.prove(pending.job.clone()).await;
+                    let proving = AssertUnwindSafe(worker.prove(pending.job.clone())).catch_unwind().await;
+                    // A defect here costs the group a try, not the lane its place.
+                    let result = proving.unwrap_or_else(|_| Err(ProofError::Abandoned));
                     Finished { worker, pending, result }
                 });
             }
@@ -198,7 +212,7 @@ impl Dispatcher {
             Message::Ready(worker) => {
                 self.closed = false;
                 self.lanes.retain(|lane| lane.worker.slot() != worker.slot());
-                self.lanes.push(Lane { worker, load: Load::default() });
+                self.lanes.push(Lane { worker, load: Load::default(), is_alone: false });
             }
             Message::Lost(slot) => self.lanes.retain(|lane| lane.worker.slot() != slot),
             Message::NoMoreWorkers => self.closed = true,
@@ -210,16 +224,21 @@ impl Dispatcher {
         }
     }
 
-    /// The next job and its lane, if a lane has room.
+    /// The next job that some lane has room for, and its lane.
     fn next(&mut self) -> Option<(Arc<dyn Worker>, Pending)> {
         // A window that was given up drops its futures; their jobs need no proof any more.
         self.waiting.retain(|pending| !pending.answer.is_closed());
-        let avoid = self.waiting.front()?.avoid.filter(|_| self.lanes.len() > 1);
-        let free = self.lanes.iter_mut().filter(|lane| lane.load.jobs < IN_FLIGHT_PER_WORKER);
-        let lane = free.filter(|lane| Some(lane.worker.slot()) != avoid).min_by_key(|lane| lane.load.tokens)?;
-        let pending = self.waiting.pop_front()?;
+        let has_choice = self.lanes.len() > 1;
+        let (place, lane) = self.waiting.iter().enumerate().find_map(|(place, pending)| {
+            let suits = |lane: &&Lane| lane.has_room(pending) && !(has_choice && pending.avoid == Some(lane.worker.slot()));
+            let lane = self.lanes.iter().filter(suits).min_by_key(|lane| lane.load.tokens)?;
+            Some((place, lane.worker.clone()))
+        })?;
+        let pending = self.waiting.remove(place)?;
+        let lane = self.lanes.iter_mut().find(|known| Arc::ptr_eq(&known.worker, &lane))?;
         lane.load.jobs += 1;
         lane.load.tokens += pending.job.tokens();
+        lane.is_alone = pending.deaths > 0;
         Some((lane.worker.clone(), pending))
     }
 
@@ -228,6 +247,7 @@ impl Dispatcher {
         // Another incarnation of the slot may have taken the lane since.
         if let Some(lane) = self.lanes.iter_mut().find(|lane| Arc::ptr_eq(&lane.worker, &worker)) {
             lane.load.jobs -= 1;
+            lane.is_alone &= lane.load.jobs > 0;
             lane.load.tokens -= pending.job.tokens();
             lane.load.proved += u64::from(result.is_ok());
         }
@@ -245,7 +265,7 @@ impl Dispatcher {
                     self.waiting.push_front(pending);
                 }
             }
-            Err(ProofError::Declined { slot, .. }) if pending.declined < MAX_DECLINES_OF_A_GROUP => {
+            Err(ProofError::Declined { slot, .. }) if pending.declined + 1 < MAX_DECLINES_OF_A_GROUP => {
                 pending.declined += 1;
                 pending.avoid = Some(slot);
                 self.waiting.push_front(pending);

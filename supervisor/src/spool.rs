@@ -213,11 +213,10 @@ impl Spool {
             return Ok(None);
         }
         let kept = self.path.with_extension("torn");
-        durable::write(&kept, tail).map_err(|source| SpoolError::Io {
-            action: "keep the torn tail in",
-            path: kept.clone(),
-            source,
-        })?;
+        // The copy is for inspection only; a disk that is full must not keep the whole groups from their window.
+        if let Err(error) = durable::write(&kept, tail) {
+            tracing::warn!(%error, kept = %kept.display(), "The torn tail of a spool could not be kept.");
+        }
         self.truncate(self.whole_bytes)?;
         Ok(Some((tail.len() as u64, kept)))
     }

@@ -256,14 +256,15 @@ impl Server {
 
     /// Waits until the server has answered nothing for `look.silence`, not even what needs no generating. Safe to cancel.
     pub async fn silence(&self, look: Look) {
-        let mut heard = Instant::now();
+        let mut refused_since: Option<Instant> = None;
         loop {
             tokio::time::sleep(look.every).await;
-            match tokio::time::timeout_at(heard + look.silence, self.client.is_there()).await {
-                Ok(Ok(())) => heard = Instant::now(),
+            match tokio::time::timeout(look.silence, self.client.is_there()).await {
+                Ok(Ok(())) => refused_since = None,
                 Ok(Err(error)) => {
                     tracing::debug!(error = with_causes(&error), "The server did not answer.");
-                    if heard.elapsed() >= look.silence {
+                    let since = *refused_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= look.silence {
                         return;
                     }
                 }

@@ -112,6 +112,12 @@ impl StopPlan {
         Self::default()
     }
 
+    /// The longest that [`Child::stop`] may take by this plan.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        self.steps.iter().map(|step| step.grace).sum::<Duration>() + KILL_LIMIT + SWEEP_LIMIT + LOG_LIMIT + REMOVAL_LIMIT
+    }
+
     /// Waits `grace` for a child that has been told otherwise.
     #[must_use]
     pub fn then(mut self, signal: Signal, target: StopTarget, grace: Duration) -> Self {

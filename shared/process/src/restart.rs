@@ -84,13 +84,13 @@ pub struct RestartPolicy {
 }
 
 impl Default for RestartPolicy {
-    /// Five deaths a minute or twenty an hour put it into quarantine, for ten minutes; delays from 200 ms to 30 s, forgiven
+    /// Five deaths a minute or eight in half an hour, which starts that hang reach too, put it into quarantine, for ten minutes; delays from 200 ms to 30 s, forgiven
     /// after a minute of work.
     fn default() -> Self {
         Self {
             intensities: vec![
                 Intensity { most: 5, period: Duration::from_secs(60) },
-                Intensity { most: 20, period: Duration::from_secs(3_600) },
+                Intensity { most: 8, period: Duration::from_secs(1_800) },
             ],
             backoff: BackoffPolicy {
                 first: Duration::from_millis(200),

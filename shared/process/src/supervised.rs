@@ -155,6 +155,7 @@ pub struct Supervised {
     requests: mpsc::UnboundedSender<Request>,
     state: watch::Receiver<State>,
     task: JoinHandle<()>,
+    end_limit: Duration,
 }
 
 impl Supervised {
@@ -176,12 +177,18 @@ impl Supervised {
         ChildControl { requests: self.requests.downgrade(), state: self.state.clone() }
     }
 
-    /// Ends the child and waits until nothing is left of it.
-    pub async fn shut_down(self) {
+    /// Ends the child and waits until nothing is left of it; not longer than its plan allows, because a process that waits in the
+    /// kernel for a device may never end.
+    pub async fn shut_down(mut self) {
         self.control().stop();
         drop(self.requests);
-        if let Err(error) = self.task.await {
-            error!(%error, "The task of a child failed.");
+        match tokio::time::timeout(self.end_limit, &mut self.task).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => error!(%error, "The task of a child failed."),
+            Err(_) => {
+                error!(limit = ?self.end_limit, "A child cannot be ended; it is left behind.");
+                self.task.abort();
+            }
         }
     }
 }
@@ -259,9 +266,10 @@ pub fn supervise<R: Role>(role: R, policy: ChildPolicy) -> (Supervised, Events<R
     let (publish, state) = watch::channel(State::Starting);
     let span = info_span!("child", name = %policy.name);
     let chance = Chance::new(policy.jitter_seed);
+    let end_limit = policy.stop.longest().max(policy.kill.longest());
     let keeper = Keeper { role, policy, machine, events, publish, life: Life::None, chance };
     let task = tokio::spawn(keeper.run(asked).instrument(span));
-    (Supervised { requests, state, task }, inbox)
+    (Supervised { requests, state, task, end_limit }, inbox)
 }
 
 /// What the keeper waits for.

@@ -81,7 +81,7 @@ pub async fn stop(whereabouts: &Whereabouts, now: bool, wait: Wait, form: Form) 
     let pid = reached.client.peer().pid;
     reached.ask(Request::Stop { now }).await?;
     if wait == Wait::UntilGone {
-        reached.wait_until_gone().await;
+        reached.wait_until_gone().await?;
     }
     let gone = wait == Wait::UntilGone;
     match form {
@@ -143,16 +143,24 @@ impl Reached {
     }
 
     /// The connection ends with the process: it is never closed before.
-    async fn wait_until_gone(&mut self) {
+    ///
+    /// # Errors
+    /// [`CommandError::Control`] if it is there and does not answer.
+    async fn wait_until_gone(&mut self) -> Result<(), CommandError> {
         let mut said = String::new();
-        while let Ok(status) = self.status().await {
+        loop {
+            let status = match self.status().await {
+                Ok(status) => status,
+                Err(_) if tokio::time::timeout(ASK_PERIOD, self.client.hung_up()).await.is_ok() => return Ok(()),
+                Err(error) => return Err(error),
+            };
             let awaits = status.awaits.unwrap_or_default();
             if awaits != said {
                 note(format_args!("waiting for {}", printable(&awaits)));
                 said = awaits;
             }
             if tokio::time::timeout(ASK_PERIOD, self.client.hung_up()).await.is_ok() {
-                return;
+                return Ok(());
             }
         }
     }

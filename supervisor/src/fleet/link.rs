@@ -79,6 +79,9 @@ pub struct Heartbeat {
     pub limit: Duration,
 }
 
+/// Time for the answer to a question that is asked once more.
+const SECOND_CHANCE: Duration = Duration::from_secs(1);
+
 impl Default for Heartbeat {
     /// An answer needs no computing; half a minute without one on a busy host means that there will be none.
     fn default() -> Self {
@@ -97,7 +100,12 @@ impl Heartbeat {
         let beats = async {
             loop {
                 tokio::time::sleep(self.every).await;
-                match tokio::time::timeout(self.limit, ask()).await {
+                let mut answer = tokio::time::timeout(self.limit, ask()).await;
+                if answer.is_err() {
+                    // After a pause of this process the limit is over before the answer is read, so it asks once more.
+                    answer = tokio::time::timeout(self.limit.min(SECOND_CHANCE), ask()).await;
+                }
+                match answer {
                     Ok(Ok(answer)) => heard(answer),
                     Ok(Err(error)) => return DeathCause::ConnectionLost { detail: with_causes(&error) },
                     Err(_) => return DeathCause::HeartbeatLost,

@@ -156,7 +156,12 @@ impl Server {
     /// [`FleetError::Server`] if it was given up.
     pub async fn roll(&self, target: Target, facts: ModelFacts) -> Result<(), FleetError> {
         let label = target.weights.to_string();
-        self.target.send_replace((target, facts));
+        // The same weights once more would only abort what is being sampled.
+        self.target.send_if_modified(|wanted| {
+            let is_new = wanted.0 != target;
+            *wanted = (target, facts);
+            is_new
+        });
         self.wait_for(&label).await
     }
 
@@ -229,6 +234,8 @@ impl Keeper {
     /// Drives one launcher until its connection is over.
     async fn serve(&mut self, client: &Arc<LauncherClient>, mut events: LauncherEvents) {
         let mut running = false;
+        // What another launcher failed at says nothing of this one.
+        self.failures = 0;
         loop {
             self.wanted.mark_unchanged();
             let (target, facts) = self.wanted.borrow().clone();
@@ -254,6 +261,10 @@ impl Keeper {
                     );
                     let url = self.url().unwrap_or_default();
                     drop(self.journal.send(Event::ServerReady { url, incarnation: epoch.incarnation }));
+                }
+                Err(RequestError::Lost(lost)) => {
+                    tracing::debug!(reason = with_causes(&lost), "The launcher is gone.");
+                    return;
                 }
                 Err(error) => {
                     running = false;
