@@ -1,5 +1,6 @@
 //! One window: admit groups while there is time, spool each as it is signed, seal, upload, confirm.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -161,7 +162,10 @@ impl Engine {
         fleet: impl Future<Output = Result<(), FleetError>>,
     ) -> Result<Outcome, EngineError> {
         let head = self.chain.head().await?;
-        let mut running = self.begin(parts, head)?;
+        let mut running = self.begin(parts, head).await?;
+        if let Some(outcome) = self.already_uploaded(&running).await {
+            return Ok(outcome);
+        }
         let filled = self.fill(&mut running, stop, fleet).await;
         let given_up = running.given_up.take();
         // Whatever ended the window, what is spooled goes out first.
@@ -177,7 +181,7 @@ impl Engine {
         }
     }
 
-    fn begin(&mut self, parts: Arc<WindowParts>, head: Head) -> Result<Running, EngineError> {
+    async fn begin(&mut self, parts: Arc<WindowParts>, head: Head) -> Result<Running, EngineError> {
         let plan = &parts.plan;
         let header = SpoolHeader {
             window: plan.window,
@@ -196,8 +200,12 @@ impl Engine {
         let next = recovered.groups.iter().map(|group| group.group.0 + 1).max().unwrap_or(0);
         // What was read back from disk is checked like a file that is about to go out; a group that no longer holds is left
         // out, and its index stays used.
-        let groups =
-            if recovered.groups.is_empty() { Vec::new() } else { seal::seal(recovered.groups, &parts)?.groups };
+        let groups = if recovered.groups.is_empty() {
+            Vec::new()
+        } else {
+            let (groups, parts) = (recovered.groups, parts.clone());
+            parts.offload.run(move || seal::seal(groups, &parts)).await??.groups
+        };
         let elapsed = crate::progress::elapsed_ms(self.started);
         parts.progress.begin_window(plan.window.block().0, groups.len(), elapsed);
         self.journal.record(Event::WindowStarted {
@@ -221,6 +229,28 @@ impl Engine {
             dropped_in_a_row: 0,
             held_until: Instant::now(),
         })
+    }
+
+    /// A crash may have come between the upload and its record. What is in the store already must not be put again: the later
+    /// object would be the one that counts.
+    async fn already_uploaded(&mut self, running: &Running) -> Option<Outcome> {
+        if running.groups.is_empty() {
+            return None;
+        }
+        let plan = &running.parts.plan;
+        let (window, key) = (plan.window, store::window_key(&plan.hotkey, plan.window));
+        let content = self.store.get(&key).await.ok()?;
+        let stored = grail_protocol::window_file::read_bytes(content.clone()).ok()?;
+        let stored: HashSet<i64> = stored.rows.iter().filter_map(|row| row.rollout_group).collect();
+        if !running.groups.iter().all(|group| stored.contains(&group.group.0)) {
+            tracing::warn!(%window, %key, "The store holds a file of this window without all of its groups.");
+            return None;
+        }
+        let (groups, bytes) = (stored.len(), content.len());
+        tracing::info!(%window, groups, bytes, %key, "The window is in the store already.");
+        self.journal.record(Event::WindowUploaded { window, key: key.to_string(), bytes });
+        let file = seal::keep_copy(&self.windows_dir, &running.parts, &content).unwrap_or_default();
+        Some(Outcome::Uploaded { groups, bytes, key: key.to_string(), file })
     }
 
     /// Admits groups and spools them until time, the cap or `stop` ends the window.

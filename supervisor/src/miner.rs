@@ -104,21 +104,37 @@ impl Miner {
         let mut done = self.last_uploaded();
         tokio::select! {
             warm = self.warm_up(done) => warm?,
-            () = stop.stopping() => return Ok(summary),
+            () = stop.stopping() => {}
         }
-        while !stop.is_stopping() && windows.is_none_or(|windows| summary.uploaded.len() < windows) {
+        let mut failed: Option<(WindowStart, String)> = None;
+        while windows.is_none_or(|windows| summary.uploaded.len() < windows) {
             let Some(head) = self.next_window(done, &stop).await? else { break };
             let window = WindowStart::containing(head.block);
-            done = Some(window);
-            let (parts, checkpoint) = match self.prepare(window, head).await {
+            if failed.as_ref().is_some_and(|(of, _)| *of != window) {
+                self.give_up(failed.take(), &mut summary);
+            }
+            let prepared = tokio::select! {
+                prepared = self.prepare(window, head) => prepared,
+                () = stop.now.cancelled() => break,
+            };
+            let (parts, checkpoint) = match prepared {
                 Ok(prepared) => prepared,
                 Err(NotBegun::Fatal(error)) => return Err(error),
                 Err(NotBegun::Skipped(reason)) => {
-                    self.skip(window, with_causes(&reason));
-                    summary.skipped += 1;
+                    let reason = with_causes(&reason);
+                    if failed.is_none() {
+                        tracing::warn!(%window, reason, "The window cannot begin yet; trying again while it lasts.");
+                    }
+                    failed = Some((window, reason));
+                    tokio::select! {
+                        () = tokio::time::sleep(self.chain.nominal_block_time()) => {}
+                        () = stop.stopping() => break,
+                    }
                     continue;
                 }
             };
+            failed = None;
+            done = Some(window);
             let fleet = self.fleet.roll(&checkpoint);
             let outcome = match self.engine.run_window(parts, &stop, fleet).await {
                 Err(EngineError::Spool(error @ SpoolError::OtherWindow { .. })) => {
@@ -137,7 +153,15 @@ impl Miner {
                 Outcome::Lost { .. } => summary.lost += 1,
             }
         }
+        self.give_up(failed, &mut summary);
         Ok(summary)
+    }
+
+    fn give_up(&mut self, failed: Option<(WindowStart, String)>, summary: &mut Summary) {
+        if let Some((window, reason)) = failed {
+            self.skip(window, reason);
+            summary.skipped += 1;
+        }
     }
 
     /// Starts the children on the checkpoint of the first window, before it begins. Nothing runs yet that waiting would help, so
@@ -177,17 +201,19 @@ impl Miner {
                 Some(done) if window <= done => done.next(),
                 // The first checkpoint of the local chain is ready for its first whole window only.
                 _ if window.block() < self.chain.first_window().block() => self.chain.first_window(),
+                // A spool from before a crash goes out even when told to stop.
+                _ if stop.is_stopping() && !self.has_spooled(window) => return Ok(None),
                 _ => return Ok(Some(head)),
             };
+            if stop.is_stopping() {
+                return Ok(None);
+            }
             let due = self.chain.expected_time(wanted.block()).await?;
             let pause = due.duration_since(self.engine.clock.now()).unwrap_or_default();
             let pause = pause.clamp(Duration::from_millis(10), Duration::from_secs(5));
             tokio::select! {
                 () = stop.stopping() => return Ok(None),
                 () = tokio::time::sleep(pause) => {}
-            }
-            if stop.is_stopping() {
-                return Ok(None);
             }
         }
     }

@@ -195,7 +195,7 @@ impl Dispatcher {
                 running.spawn(async move {
                     let proving = AssertUnwindSafe(worker.prove(pending.job.clone())).catch_unwind().await;
                     // A defect here costs the group a try, not the lane its place.
-                    let result = proving.unwrap_or_else(|_| Err(ProofError::Abandoned));
+                    let result = proving.unwrap_or(Err(ProofError::Abandoned));
                     Finished { worker, pending, result }
                 });
             }
@@ -230,7 +230,8 @@ impl Dispatcher {
         self.waiting.retain(|pending| !pending.answer.is_closed());
         let has_choice = self.lanes.len() > 1;
         let (place, lane) = self.waiting.iter().enumerate().find_map(|(place, pending)| {
-            let suits = |lane: &&Lane| lane.has_room(pending) && !(has_choice && pending.avoid == Some(lane.worker.slot()));
+            let suits =
+                |lane: &&Lane| lane.has_room(pending) && !(has_choice && pending.avoid == Some(lane.worker.slot()));
             let lane = self.lanes.iter().filter(suits).min_by_key(|lane| lane.load.tokens)?;
             Some((place, lane.worker.clone()))
         })?;

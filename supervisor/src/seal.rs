@@ -6,7 +6,7 @@ use std::time::UNIX_EPOCH;
 
 use bytes::Bytes;
 use grail_ipc::bulk::{self, BulkError};
-use grail_protocol::ids::{GroupIndex, RolloutIndex, TokenId};
+use grail_protocol::ids::{RolloutIndex, TokenId};
 use grail_protocol::randomness::ChallengeRandomness;
 use grail_protocol::validation::{CheapCheck, Problem, ProofOutput, ValidationContext, cheap_checks};
 use grail_protocol::window_file::{Commit, Header, ReadError, Rollout, Row, WriteError, read_bytes, write_file};
@@ -25,8 +25,6 @@ const FILE_BYTES_PER_TOKEN: u64 = 12;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SealError {
-    #[error("group {group} of the spool is damaged")]
-    Damaged { group: GroupIndex, source: BulkError },
     #[error("write the window file")]
     Write(#[from] WriteError),
     #[error("read the window file back")]
@@ -63,10 +61,10 @@ pub fn estimated_bytes(group: &SpooledGroup) -> u64 {
 pub fn seal(mut groups: Vec<SpooledGroup>, parts: &WindowParts) -> Result<Sealed, SealError> {
     groups.sort_by_key(|group| group.group);
     loop {
-        let unpacked: Vec<Unpacked> = groups
-            .par_iter()
-            .map(|group| Unpacked::new(group).map_err(|source| SealError::Damaged { group: group.group, source }))
-            .collect::<Result<_, _>>()?;
+        let unpacked: Vec<Option<Unpacked>> = groups.par_iter().map(unpack).collect();
+        let mut is_sound = unpacked.iter().map(Option::is_some);
+        groups.retain(|_| is_sound.next().unwrap_or(false));
+        let unpacked: Vec<Unpacked> = unpacked.into_iter().flatten().collect();
         let content = write(&groups, &unpacked, parts)?;
         let problems = check(content.clone(), &groups, &unpacked, parts)?;
         if problems.is_empty() {
@@ -85,6 +83,13 @@ pub fn seal(mut groups: Vec<SpooledGroup>, parts: &WindowParts) -> Result<Sealed
             return Err(SealError::Refused(problems[0].clone()));
         }
     }
+}
+
+/// The group's arrays; a group whose record is damaged is left out, because the others must go out.
+fn unpack(group: &SpooledGroup) -> Option<Unpacked> {
+    let unpacked = Unpacked::new(group);
+    let report = |error: &BulkError| tracing::error!(group = %group.group, %error, "A damaged group is left out.");
+    unpacked.inspect_err(report).ok()
 }
 
 fn group_of(problem: &Problem) -> Option<i64> {

@@ -115,7 +115,11 @@ impl StopPlan {
     /// The longest that [`Child::stop`] may take by this plan.
     #[must_use]
     pub fn longest(&self) -> Duration {
-        self.steps.iter().map(|step| step.grace).sum::<Duration>() + KILL_LIMIT + SWEEP_LIMIT + LOG_LIMIT + REMOVAL_LIMIT
+        self.steps.iter().map(|step| step.grace).sum::<Duration>()
+            + KILL_LIMIT
+            + SWEEP_LIMIT
+            + LOG_LIMIT
+            + REMOVAL_LIMIT
     }
 
     /// Waits `grace` for a child that has been told otherwise.

@@ -20,7 +20,7 @@ use grail_process::{
     StopPlan, Supervised, supervise,
 };
 use grail_protocol::ids::WeightsHash;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::FleetError;
 use super::child::{self, not_ready};
@@ -86,7 +86,6 @@ impl Default for SlotLimits {
 pub struct Workers<L: WorkerLink = WorkerClient> {
     slots: Vec<Slot<L>>,
     target: watch::Sender<Target>,
-    limits: SlotLimits,
 }
 
 #[derive(Debug)]
@@ -95,6 +94,8 @@ struct Slot<L: WorkerLink> {
     child: Supervised,
     live: watch::Receiver<Option<Arc<LiveWorker<L>>>>,
     facts: SharedFacts,
+    /// Says that other weights are wanted.
+    rolls: mpsc::UnboundedSender<()>,
 }
 
 /// What slots report to.
@@ -103,31 +104,6 @@ pub struct Observers {
     pub queue: ProofQueue,
     pub journal: mpsc::UnboundedSender<Event>,
     pub progress: Arc<Progress>,
-}
-
-/// Why a slot has no worker.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Absent {
-    reason: String,
-    /// What its process said with its exit code, if that is why.
-    exit: Option<ExitCode>,
-    /// An operator wants it so.
-    is_wanted: bool,
-}
-
-impl Absent {
-    fn ended(slot: SlotId) -> Self {
-        Self { reason: format!("slot {slot} has ended"), exit: None, is_wanted: true }
-    }
-
-    fn given_up(slot: SlotId, reason: &GiveUp) -> Self {
-        let exit = match reason {
-            GiveUp::Hopeless { cause } | GiveUp::TooOften { cause, .. } => cause.exit_code(),
-            _ => None,
-        };
-        let is_wanted = *reason == GiveUp::Quarantined;
-        Self { reason: format!("slot {slot} was given up: {reason}"), exit, is_wanted }
-    }
 }
 
 impl Workers {
@@ -176,14 +152,17 @@ impl<L: WorkerLink> Workers<L> {
         role: impl Fn(SlotId, watch::Receiver<Target>, SlotFacts) -> R,
     ) -> Self {
         let (target, _) = watch::channel(target);
+        let one_after_the_other = Arc::new(Semaphore::new(1));
         let slots: Vec<Slot<L>> = (0..count)
             .map(|number| {
                 let (id, facts) = (SlotId(number), SharedFacts::default());
                 let role = role(id, target.subscribe(), SlotFacts(facts.clone()));
-                Slot::start(id, role, limits, facts, observers)
+                let (rolls, orders) = mpsc::unbounded_channel();
+                let rolling = Rolling { target: target.subscribe(), orders, turn: one_after_the_other.clone() };
+                Slot::start(id, role, (rolls, rolling), limits, facts, observers)
             })
             .collect();
-        let workers = Self { slots, target, limits: limits.clone() };
+        let workers = Self { slots, target };
         workers.report_to(observers);
         workers
     }
@@ -197,8 +176,6 @@ impl<L: WorkerLink> Workers<L> {
             loop {
                 let ready = lives.iter().filter(|live| live.borrow().is_some()).count();
                 observers.progress.workers(ready, lives.len());
-                // A slot that an operator emptied comes back when the operator says so: its work waits.
-                let is_lost = |state: &State| matches!(state, State::GaveUp(reason) if *reason != GiveUp::Quarantined);
                 if !states.is_empty() && states.iter().all(|state| is_lost(&state.borrow())) {
                     observers.queue.no_more_workers();
                 }
@@ -226,34 +203,52 @@ impl<L: WorkerLink> Workers<L> {
         FleetHandle { controls: Arc::new(Mutex::new(controls)), queue: queue.clone() }
     }
 
-    /// Waits until every slot is ready or empty for good.
+    /// Waits until some slot has a worker with the weights that are wanted. The others come on their own.
     ///
     /// # Errors
-    /// [`FleetError::NoWorkers`] if none is ready; with the reason of the last one.
+    /// [`FleetError::NoWorkers`] if every slot was given up.
     pub async fn wait_ready(&self) -> Result<(), FleetError> {
-        let mut settled = Vec::new();
-        for slot in &self.slots {
-            settled.push(slot.settled().await.map(drop));
+        let weights = self.target.borrow().weights;
+        let mut lives: Vec<_> = self.slots.iter().map(|slot| slot.live.clone()).collect();
+        let mut states: Vec<_> = self.slots.iter().map(|slot| slot.child.states()).collect();
+        loop {
+            let has =
+                |live: &Option<Arc<LiveWorker<L>>>| live.as_ref().is_some_and(|live| live.weights() == Some(weights));
+            if lives.iter_mut().any(|live| has(&live.borrow_and_update())) {
+                return Ok(());
+            }
+            let now: Vec<State> = states.iter_mut().map(|state| state.borrow_and_update().clone()).collect();
+            if now.iter().all(is_lost) {
+                return Err(no_workers(&now));
+            }
+            let changes = lives
+                .iter_mut()
+                .map(|live| live.changed().boxed())
+                .chain(states.iter_mut().map(|state| state.changed().boxed()));
+            if futures::future::select_all(changes).await.0.is_err() {
+                return Err(FleetError::NoWorkers { reason: "the slots have ended".to_owned(), exit: None });
+            }
         }
-        at_least_one(settled)
     }
 
-    /// Rolls slot after slot to `target`, while the others go on. A slot that cannot take it is started anew on it; one that an
-    /// operator has emptied takes it when it is released.
+    /// Rolls one slot after the other to `target`, while the others go on; a slot that cannot take it is started anew on it. Returns
+    /// when the first slot has it: nobody waits for a slot that is broken.
     ///
     /// # Errors
-    /// [`FleetError::NoWorkers`] if no slot has the weights afterwards.
+    /// [`FleetError::NoWorkers`] if every slot was given up.
     pub async fn roll(&self, target: Target) -> Result<(), FleetError> {
-        self.target.send_replace(target.clone());
-        let mut rolled = Vec::new();
-        for slot in &self.slots {
-            let result = slot.roll(&target, self.limits.reload).await;
-            if let Err(absent) = &result {
-                tracing::error!(slot = %slot.id, reason = absent.reason, "A worker did not take the checkpoint.");
+        let is_new = self.target.send_if_modified(|wanted| {
+            let is_new = *wanted != target;
+            *wanted = target;
+            is_new
+        });
+        if is_new {
+            // In the order of the slots; the watch alone would wake them in any.
+            for slot in &self.slots {
+                slot.rolls.send(()).unwrap_or_default();
             }
-            rolled.push(result);
         }
-        at_least_one(rolled)
+        self.wait_ready().await
     }
 
     /// Ends all workers and waits for their end.
@@ -262,21 +257,45 @@ impl<L: WorkerLink> Workers<L> {
     }
 }
 
-fn at_least_one(slots: Vec<Result<(), Absent>>) -> Result<(), FleetError> {
-    let is_good = |slot: &Result<(), Absent>| slot.as_ref().map_or_else(|absent| absent.is_wanted, |()| true);
-    if slots.iter().any(is_good) {
-        return Ok(());
+/// Whether a slot will not come back by itself. One that an operator emptied comes back when the operator says so: its work waits.
+fn is_lost(state: &State) -> bool {
+    matches!(state, State::GaveUp(reason) if *reason != GiveUp::Quarantined)
+}
+
+/// Why there is no worker, when all slots were given up; with an exit code if no start of any would go better.
+fn no_workers(slots: &[State]) -> FleetError {
+    let reason = slots.iter().find_map(|state| match state {
+        State::GaveUp(reason) => Some(format!("each slot was given up, the first because it {reason}")),
+        _ => None,
+    });
+    let exits: Vec<Option<ExitCode>> = slots.iter().map(hopeless_exit).collect();
+    let exit = exits.first().copied().flatten().filter(|_| exits.iter().all(Option::is_some));
+    FleetError::NoWorkers { reason: reason.unwrap_or_else(|| "no slot is configured".to_owned()), exit }
+}
+
+/// What a slot that no other start would help says of the reason.
+fn hopeless_exit(state: &State) -> Option<ExitCode> {
+    match state {
+        State::GaveUp(GiveUp::Hopeless { cause: DeathCause::VersionMismatch { .. } }) => Some(ExitCode::Configuration),
+        State::GaveUp(GiveUp::Hopeless { cause }) => cause.exit_code(),
+        _ => None,
     }
-    let last = slots.into_iter().filter_map(Result::err).next_back();
-    let (reason, exit) =
-        last.map_or_else(|| ("no slot is configured".to_owned(), None), |absent| (absent.reason, absent.exit));
-    Err(FleetError::NoWorkers { reason, exit })
+}
+
+/// What all slots share of a roll.
+#[derive(Debug)]
+struct Rolling {
+    target: watch::Receiver<Target>,
+    orders: mpsc::UnboundedReceiver<()>,
+    /// One slot reloads at a time.
+    turn: Arc<Semaphore>,
 }
 
 impl<L: WorkerLink> Slot<L> {
     fn start<R: Role<Link = Arc<L>>>(
         id: SlotId,
         role: R,
+        (rolls, rolling): (mpsc::UnboundedSender<()>, Rolling),
         limits: &SlotLimits,
         facts: SharedFacts,
         observers: &Observers,
@@ -299,59 +318,15 @@ impl<L: WorkerLink> Slot<L> {
             publish,
             observers: observers.clone(),
             limits: limits.clone(),
+            rolling,
+            reload: None,
         };
         tokio::spawn(follower.run::<R>(events));
-        Self { id, child, live, facts }
-    }
-
-    /// The live worker, once there is one; the reason when there will be none.
-    async fn settled(&self) -> Result<Arc<LiveWorker<L>>, Absent> {
-        let (mut states, mut live) = (self.child.states(), self.live.clone());
-        loop {
-            if let Some(worker) = live.borrow_and_update().clone() {
-                return Ok(worker);
-            }
-            match &*states.borrow_and_update() {
-                State::GaveUp(reason) => return Err(Absent::given_up(self.id, reason)),
-                State::Dead => return Err(Absent::ended(self.id)),
-                _ => {}
-            }
-            tokio::select! {
-                biased;
-                changed = live.changed() => if changed.is_err() { return Err(Absent::ended(self.id)) },
-                changed = states.changed() => if changed.is_err() { return Err(Absent::ended(self.id)) },
-            }
-        }
-    }
-
-    async fn roll(&self, target: &Target, limit: Duration) -> Result<(), Absent> {
-        // A worker that is still starting may have read the old folder: it is rolled like the others once it is ready.
-        let worker = self.settled().await?;
-        if worker.weights() == Some(target.weights) {
-            return Ok(());
-        }
-        match worker.reload(target, limit).await {
-            Ok(()) => return Ok(()),
-            Err(reason) => tracing::warn!(slot = %self.id, reason, "Reload failed; starting the worker anew."),
-        }
-        let mut live = self.live.clone();
-        self.facts.change(|facts| facts.told_to_end = Some(worker.incarnation));
-        self.child.control().restart();
-        // The old incarnation must be gone before the new one counts; that one reads the new folder when it starts.
-        let gone = live.wait_for(|now| now.as_ref().is_none_or(|now| !Arc::ptr_eq(now, &worker))).await;
-        drop(gone.map_err(|_| Absent::ended(self.id))?);
-        let worker = self.settled().await?;
-        match worker.weights() {
-            Some(weights) if weights == target.weights => Ok(()),
-            other => {
-                let reason = format!("slot {} came up with weights {other:?}", self.id);
-                Err(Absent { reason, exit: None, is_wanted: false })
-            }
-        }
+        Self { id, child, live, facts, rolls }
     }
 }
 
-/// Brings a slot's events to those who want to know.
+/// Brings a slot's events to those who want to know, and its worker to the weights that are wanted: only with them it gets work.
 struct Follower<L: WorkerLink> {
     slot: SlotId,
     control: ChildControl,
@@ -359,22 +334,86 @@ struct Follower<L: WorkerLink> {
     publish: watch::Sender<Option<Arc<LiveWorker<L>>>>,
     observers: Observers,
     limits: SlotLimits,
+    rolling: Rolling,
+    /// The reload under way.
+    reload: Option<BoxFuture<'static, Reload<L>>>,
+}
+
+/// What became of a reload.
+struct Reload<L: WorkerLink> {
+    worker: Arc<LiveWorker<L>>,
+    result: Result<(), String>,
 }
 
 impl<L: WorkerLink> Follower<L> {
-    async fn run<R: Role<Link = Arc<L>>>(self, mut events: Events<R>) {
-        while let Some(event) = events.recv().await {
-            match event {
-                ChildEvent::Started { incarnation, pid } => self.facts.change(|facts| {
-                    (facts.pid, facts.epoch, facts.weights) = (Some(pid), incarnation.number, None);
-                }),
-                ChildEvent::Ready { incarnation, link, .. } => self.ready(incarnation, link),
-                ChildEvent::Draining { .. } => self.drain(),
-                ChildEvent::Died { incarnation, cause, last_lines, .. } => self.died(incarnation, &cause, &last_lines),
-                ChildEvent::GaveUp(reason) if reason != GiveUp::Quarantined => {
-                    self.note(Event::WorkerGivenUp { slot: self.slot.0, reason: reason.to_string() });
+    async fn run<R: Role<Link = Arc<L>>>(mut self, mut events: Events<R>) {
+        loop {
+            tokio::select! {
+                biased;
+                event = events.recv() => match event {
+                    Some(event) => self.take::<R>(event),
+                    None => return,
+                },
+                reload = under_way(&mut self.reload) => {
+                    self.reload = None;
+                    self.reloaded(reload);
                 }
-                _ => {}
+                // Without orders the fleet is being ended; the last events still count.
+                Some(()) = self.rolling.orders.recv() => self.bring_to_target(),
+            }
+        }
+    }
+
+    fn take<R: Role<Link = Arc<L>>>(&mut self, event: ChildEvent<Arc<L>, R::Process>) {
+        match event {
+            ChildEvent::Started { incarnation, pid } => self.facts.change(|facts| {
+                (facts.pid, facts.epoch, facts.weights) = (Some(pid), incarnation.number, None);
+            }),
+            ChildEvent::Ready { incarnation, link, .. } => self.ready(incarnation, link),
+            ChildEvent::Draining { .. } => self.drain(),
+            ChildEvent::Died { incarnation, cause, last_lines, .. } => self.died(incarnation, &cause, &last_lines),
+            ChildEvent::GaveUp(reason) if reason != GiveUp::Quarantined => {
+                self.note(Event::WorkerGivenUp { slot: self.slot.0, reason: reason.to_string() });
+            }
+            _ => {}
+        }
+    }
+
+    /// Gives the live worker work if it has the wanted weights, else has it take them.
+    fn bring_to_target(&mut self) {
+        let Some(worker) = self.publish.borrow().clone() else { return };
+        let target = self.rolling.target.borrow().clone();
+        if self.reload.is_some() {
+            // Looked at again when that one is over.
+            return;
+        }
+        if worker.weights() == Some(target.weights) {
+            return self.observers.queue.worker_ready(Arc::new(worker));
+        }
+        self.observers.queue.worker_lost(self.slot);
+        let (turn, limit) = (self.rolling.turn.clone(), self.limits.reload);
+        let reload = async move {
+            // The semaphore is never closed.
+            let _turn = turn.acquire().await;
+            let result = worker.reload(&target, limit).await;
+            Reload { worker, result }
+        };
+        self.reload = Some(reload.boxed());
+    }
+
+    fn reloaded(&mut self, Reload { worker, result }: Reload<L>) {
+        let is_live = self.publish.borrow().as_ref().is_some_and(|live| Arc::ptr_eq(live, &worker));
+        match result {
+            _ if !is_live => self.bring_to_target(),
+            Ok(()) => {
+                // Whoever waits for a slot with these weights looks again.
+                self.publish.send_modify(|_| {});
+                self.bring_to_target();
+            }
+            Err(reason) => {
+                tracing::error!(slot = %self.slot, reason, "A worker did not take the checkpoint; starting it anew.");
+                self.facts.change(|facts| facts.told_to_end = Some(worker.incarnation));
+                self.control.restart();
             }
         }
     }
@@ -383,7 +422,7 @@ impl<L: WorkerLink> Follower<L> {
         drop(self.observers.journal.send(event));
     }
 
-    fn ready(&self, incarnation: Incarnation, link: Arc<L>) {
+    fn ready(&mut self, incarnation: Incarnation, link: Arc<L>) {
         let hello = link.hello();
         self.facts.change(|facts| {
             (facts.device, facts.weights) = (Some(hello.device.clone()), hello.weights);
@@ -400,20 +439,22 @@ impl<L: WorkerLink> Follower<L> {
             out_of_memory: AtomicU32::new(0),
             is_dead: AtomicBool::new(false),
         });
-        self.observers.queue.worker_ready(Arc::new(worker.clone()));
         self.publish.send_replace(Some(worker));
+        self.bring_to_target();
     }
 
     fn drain(&self) {
         self.observers.queue.worker_lost(self.slot);
         let Some(worker) = self.publish.borrow().clone() else { return self.control.drained() };
-        let (control, limit) = (self.control.clone(), self.limits.drain);
+        let (control, limit, facts) = (self.control.clone(), self.limits.drain, self.facts.clone());
         tokio::spawn(async move {
             match tokio::time::timeout(limit, worker.link.drain()).await {
                 Ok(Ok(())) => tracing::info!(slot = %worker.slot, "Worker is drained."),
                 Ok(Err(error)) => tracing::warn!(slot = %worker.slot, error = with_causes(&error), "Drain failed."),
                 Err(_) => tracing::warn!(slot = %worker.slot, ?limit, "Worker did not drain in time."),
             }
+            // What it still has is cut off by us.
+            facts.change(|facts| facts.told_to_end = Some(worker.incarnation));
             control.drained();
         });
     }
@@ -439,6 +480,13 @@ impl<L: WorkerLink> Follower<L> {
 
 /// Tokens of one batch of a worker whose last incarnation ran out of memory: a quarter of its default.
 const REDUCED_BATCH_TOKENS: u32 = 4_096;
+
+async fn under_way<L: WorkerLink>(reload: &mut Option<BoxFuture<'static, Reload<L>>>) -> Reload<L> {
+    match reload {
+        Some(reload) => reload.await,
+        None => std::future::pending().await,
+    }
+}
 
 /// One slot's process.
 #[derive(Debug)]
@@ -586,6 +634,7 @@ impl<L: WorkerLink> LiveWorker<L> {
             Severity::Retryable => {
                 if code == OUT_OF_MEMORY && self.out_of_memory.fetch_add(1, Ordering::Relaxed) + 1 >= MOST_OUT_OF_MEMORY
                 {
+                    self.facts.change(|facts| facts.told_to_end = Some(self.incarnation));
                     self.control.fault(self.incarnation, DeathCause::OutOfMemory);
                 }
                 ProofError::Declined { slot: self.slot, code, detail }

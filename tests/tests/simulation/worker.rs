@@ -14,7 +14,7 @@ use grail_process::{Exit, Incarnation, NotReady, Process, Role, Signal, StartErr
 use grail_protocol::constants::PRIME_Q;
 use grail_protocol::ids::{TokenId, WeightsHash};
 use grail_supervisor::fleet::{Heartbeat, SlotFacts, Target, WorkerLink, watch_worker};
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, Notify, watch};
 
 use crate::schedule::{WorkerFault, derived};
 
@@ -22,20 +22,24 @@ use crate::schedule::{WorkerFault, derived};
 #[derive(Debug)]
 pub struct SimProcess {
     pid: i32,
-    exit: watch::Sender<Option<Exit>>,
+    exit: std::sync::Mutex<Option<Exit>>,
+    /// Wakes those who wait in the order in which they came, so that a seed is repeatable; a watch would not.
+    ended: Notify,
     /// It answers nothing, not even signals that can be ignored.
     frozen: AtomicBool,
 }
 
 impl SimProcess {
     fn end(&self, cause: ExitCause) {
-        self.exit.send_if_modified(|exit| {
-            let lives = exit.is_none();
-            if lives {
-                *exit = Some(Exit { cause, killed: 0, survivors: Vec::new() });
-            }
-            lives
-        });
+        let mut exit = self.exit.lock().unwrap();
+        if exit.is_none() {
+            *exit = Some(Exit { cause, killed: 0, survivors: Vec::new() });
+            self.ended.notify_waiters();
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.exit.lock().unwrap().is_some()
     }
 
     fn crash(&self) {
@@ -43,8 +47,13 @@ impl SimProcess {
     }
 
     async fn gone(&self) -> Exit {
-        let mut exit = self.exit.subscribe();
-        exit.wait_for(Option::is_some).await.unwrap().clone().unwrap()
+        loop {
+            let ended = self.ended.notified();
+            if let Some(exit) = self.exit.lock().unwrap().clone() {
+                return exit;
+            }
+            ended.await;
+        }
     }
 
     async fn hang(&self) -> Exit {
@@ -111,7 +120,7 @@ impl Role for SimRole {
             return Err("no such program".into());
         }
         let pid = i32::try_from(1_000 * (u64::from(self.slot.0) + 1) + incarnation.number).unwrap();
-        Ok(SimProcess { pid, exit: watch::channel(None).0, frozen: AtomicBool::new(false) })
+        Ok(SimProcess { pid, exit: std::sync::Mutex::new(None), ended: Notify::new(), frozen: AtomicBool::new(false) })
     }
 
     fn ready(
@@ -242,7 +251,7 @@ impl WorkerLink for SimLink {
     fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'_, Result<GroupProof, RequestError>> {
         async move {
             // An answer that was under way when the process died arrives all the same.
-            if matches!(self.fault, Some(WorkerFault::AnswersAfterDeath { .. })) && self.process.exit.borrow().is_none()
+            if matches!(self.fault, Some(WorkerFault::AnswersAfterDeath { .. })) && !self.process.has_ended()
             {
                 return self.answer(&job).await;
             }
