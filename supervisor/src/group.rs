@@ -2,6 +2,7 @@
 //!
 //! A group is whole or it does not exist: any miss drops it, and its index stays used.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures::future::{try_join, try_join_all};
@@ -21,6 +22,7 @@ use crate::clock::Clock;
 use crate::generation::{GenerationError, Generator, Sample};
 use crate::offload::Offload;
 use crate::plan::WindowPlan;
+use crate::poisonous;
 use crate::progress::{Progress, Stage};
 use crate::proofs::{Proof, ProofError, Prover};
 use crate::spool::{SpooledGroup, SpooledRollout};
@@ -43,6 +45,8 @@ pub struct WindowParts {
     pub progress: Arc<Progress>,
     pub clock: Clock,
     pub offload: Offload,
+    /// Where jobs that killed workers are kept for inspection.
+    pub poisonous_dir: PathBuf,
 }
 
 /// Why a group was dropped.
@@ -157,7 +161,14 @@ fn sampling_params(plan: &WindowPlan, max_new: u32) -> SamplingParams {
 }
 
 async fn prove(parts: &WindowParts, generated: &Generated) -> Result<Proof, Dropped> {
-    Ok(parts.prover.prove(generated.job.clone()).await?)
+    let proved = parts.prover.prove(generated.job.clone()).await;
+    if let Err(ProofError::Poisonous { .. }) = proved {
+        let (folder, window, job) = (parts.poisonous_dir.clone(), parts.plan.window, generated.job.clone());
+        if let Err(error) = parts.offload.run(move || poisonous::keep(&folder, window, &job)).await {
+            tracing::error!(%error, "The task that keeps a poisonous job failed.");
+        }
+    }
+    Ok(proved?)
 }
 
 async fn evaluate(parts: &WindowParts, generated: &Generated) -> Result<Vec<Evaluation>, Dropped> {

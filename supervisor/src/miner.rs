@@ -18,6 +18,7 @@ use crate::fleet::{Fleet, FleetError};
 use crate::generation::Generator;
 use crate::group::WindowParts;
 use crate::journal::Event;
+use crate::leftovers;
 use crate::offload::Offload;
 use crate::plan::WindowPlan;
 use crate::progress::Progress;
@@ -228,6 +229,7 @@ impl Miner {
             progress: self.progress.clone(),
             clock: self.engine.clock.clone(),
             offload: Offload::default(),
+            poisonous_dir: self.state.root().join(leftovers::POISONOUS),
         }
     }
 

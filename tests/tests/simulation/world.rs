@@ -314,6 +314,7 @@ impl World {
             progress: observers.progress.clone(),
             clock: clock.clone(),
             offload: Offload::Here,
+            poisonous_dir: self.state_dir().join("poisonous"),
         }
     }
 }
