@@ -257,9 +257,13 @@ impl Keeper {
                 }
                 Err(error) => {
                     running = false;
-                    self.failures += 1;
                     let reason = with_causes(&error);
                     self.publish_loss(&reason);
+                    // A launcher that is gone cannot start a server; how often it may end is counted by its own limit.
+                    if matches!(error, RequestError::Lost(_)) {
+                        return;
+                    }
+                    self.failures += 1;
                     if self.failures >= MOST_FAILURES || is_hopeless(&error) {
                         self.publish.send_replace(Served::Never { reason, exit: exit_code(&error) });
                         // Another launcher would fail in the same way; only another checkpoint may not.
