@@ -53,7 +53,7 @@ fn say(socket: &Path, bytes: &[u8]) {
 /// The n-th hostile peer: a length of 4 GiB, noise in a frame, half a frame; now and then 1 MB of noise.
 fn attack(socket: &Path, number: u64) {
     match number % 3 {
-        _ if number % 250 == 0 => say(socket, &noise(number, NOISE_BYTES)),
+        _ if number.is_multiple_of(250) => say(socket, &noise(number, NOISE_BYTES)),
         0 => say(socket, &u32::MAX.to_le_bytes()),
         1 => say(socket, &garbage(number)),
         _ => say(socket, &[64, 0, 0, 0, 1, 2, 3]),
