@@ -9,6 +9,7 @@ use grail_ipc::messages::{Epoch, FromWorker, Hello, PROTOCOL_VERSION, SlotId, To
 use grail_ipc::socket::{Folder, Listener};
 use grail_ipc::token::Token;
 use grail_process::fault::{Armed, FaultPlan, Point, VARIABLE};
+use grail_process::with_causes;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
@@ -141,7 +142,7 @@ async fn greet_supervisor(
                 return Ok(connection);
             }
             Err(error @ HandshakeError::Version { .. }) => return Err(error.into()),
-            Err(error) => warn!(%error, "A peer did not answer the hello."),
+            Err(error) => warn!(error = with_causes(&error), "A peer did not answer the hello."),
         }
     }
 }
@@ -157,7 +158,7 @@ async fn serve_one_after_the_other(
         let (connection, welcome) = match greet(stream, hello(compute, place, &[]), place.faults).await {
             Ok(greeted) => greeted,
             Err(error) => {
-                warn!(%error, "A peer did not answer the hello.");
+                warn!(error = with_causes(&error), "A peer did not answer the hello.");
                 continue;
             }
         };
@@ -166,10 +167,7 @@ async fn serve_one_after_the_other(
             Ok(SessionEnd::HungUp) => info!("The peer hung up; waiting for the next."),
             Ok(SessionEnd::Shutdown) => return Ok(()),
             Err(WorkerError::Connection(error)) => {
-                warn!(
-                    error = format!("{:#}", anyhow::Error::from(error)),
-                    "A peer sent nonsense; waiting for the next."
-                );
+                warn!(error = with_causes(&error), "A peer sent nonsense; waiting for the next.");
             }
             Err(error) => return Err(error),
         }

@@ -1,6 +1,7 @@
 //! One peer: takes its requests, answers signs of life at once and everything else when it is computed.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use grail_ipc::connection::{Connection, ConnectionError};
 use grail_ipc::jobs::{ProveJob, RowFacts, VerifyJob};
@@ -19,6 +20,10 @@ pub(crate) const MOST_OPEN: usize = 64;
 
 /// Requests in a row without memory after which a worker gives up: the device will not get any.
 const MOST_OUT_OF_MEMORY: u32 = 2;
+
+/// How long a peer may take to end a worker that has told why it cannot go on. An exit code says less than the answer, and must
+/// not be seen before it.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// How a session ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -87,6 +92,7 @@ pub(crate) async fn serve_peer(
                     Next::HangUp => return Ok(SessionEnd::HungUp),
                     Next::End(error) => {
                         session.connection.writer.flush().await?;
+                        session.wait_for_the_end().await;
                         return Err(error);
                     }
                 }
@@ -255,6 +261,15 @@ impl Session<'_> {
         act.befall_process();
         writer.queue_frame(spoilt.after);
         Ok(if spoilt.hangs_up { Next::HangUp } else { Next::GoOn })
+    }
+
+    /// Waits until the peer hangs up or ends this process, as long as it may take for that.
+    async fn wait_for_the_end(&mut self) {
+        let reader = &mut self.connection.reader;
+        let hung_up = async { while let Ok(Some(_)) = reader.recv().await {} };
+        if tokio::time::timeout(FAREWELL, hung_up).await.is_err() {
+            debug!("The peer did not end this worker.");
+        }
     }
 
     /// Why the worker cannot go on after a request that failed.

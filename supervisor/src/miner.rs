@@ -18,6 +18,7 @@ use crate::fleet::{Fleet, FleetError};
 use crate::generation::Generator;
 use crate::group::WindowParts;
 use crate::journal::Event;
+use crate::leftovers;
 use crate::offload::Offload;
 use crate::plan::WindowPlan;
 use crate::progress::Progress;
@@ -255,9 +256,9 @@ impl Miner {
             prover,
             signer: self.signer.clone(),
             progress: self.progress.clone(),
-            poisonous_dir: self.state.root().join(crate::leftovers::POISONOUS),
             clock: self.engine.clock.clone(),
             offload: Offload::default(),
+            poisonous_dir: self.state.root().join(leftovers::POISONOUS),
         }
     }
 

@@ -2,3 +2,6 @@
 
 pub mod binaries;
 pub mod processes;
+pub mod shared_memory;
+pub mod waiting;
+pub mod world;

@@ -1,8 +1,14 @@
-//! Which processes are still there.
+//! Which processes are still there, and in which state.
 
+use std::fs;
 use std::path::Path;
 
-/// A process whose command line names a folder.
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::waiting::wait_until;
+
+/// A process that belongs to a folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
     pub pid: u32,
@@ -13,14 +19,68 @@ pub struct Found {
 #[must_use]
 pub fn mentioning(folder: &Path) -> Vec<Found> {
     let needle = folder.to_string_lossy().into_owned();
-    let entries = std::fs::read_dir("/proc").map(|entries| entries.flatten().collect::<Vec<_>>()).unwrap_or_default();
+    found(|_, command| command.contains(&needle))
+}
+
+/// Processes whose command line mentions `folder` or that work in it, without this one.
+#[must_use]
+pub fn of(folder: &Path) -> Vec<Found> {
+    let needle = folder.to_string_lossy().into_owned();
+    let works_there = |process: &Path| fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd.starts_with(folder));
+    found(|process, command| command.contains(&needle) || works_there(process))
+}
+
+fn found(belongs: impl Fn(&Path, &str) -> bool) -> Vec<Found> {
+    let entries = fs::read_dir("/proc").map(|entries| entries.flatten().collect::<Vec<_>>()).unwrap_or_default();
     entries
         .iter()
         .filter_map(|entry| {
             let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
-            let command = std::fs::read(entry.path().join("cmdline")).ok()?;
+            let command = fs::read(entry.path().join("cmdline")).ok()?;
             let command = String::from_utf8_lossy(&command).replace('\0', " ");
-            (pid != std::process::id() && command.contains(&needle)).then_some(Found { pid, command })
+            (pid != std::process::id() && belongs(&entry.path(), &command)).then_some(Found { pid, command })
         })
         .collect()
+}
+
+/// The kernel's letter for the state of a process, for instance `T` for a stopped one; `None` when it is gone.
+#[must_use]
+pub fn state(pid: u32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// Whether nothing of a process runs any more; its parent may not have asked for its status yet.
+#[must_use]
+pub fn has_ended(pid: u32) -> bool {
+    matches!(state(pid), None | Some('Z' | 'X'))
+}
+
+/// Sends a signal, and waits until it has done its work: the process has ended, stopped, or goes on.
+///
+/// # Panics
+/// If that does not come.
+pub fn strike(pid: u32, signal: Signal) {
+    let target = Pid::from_raw(i32::try_from(pid).expect("a pid fits"));
+    wait_until(&format!("{signal} takes effect on {pid}"), || {
+        // The first SIGSEGV may only take away the handler by which the standard library reports a stack overflow.
+        let sent = kill(target, signal);
+        match signal {
+            Signal::SIGSTOP => state(pid) == Some('T'),
+            Signal::SIGKILL | Signal::SIGSEGV => has_ended(pid),
+            _ => sent.is_ok(),
+        }
+    });
+}
+
+/// Resident memory of a process in bytes.
+///
+/// # Panics
+/// If there is no such process.
+#[must_use]
+pub fn resident_bytes(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process lives");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a process has memory");
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number of KiB");
+    kib << 10
 }

@@ -4,101 +4,18 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use grail_tests::binaries::{Finished, LIMIT, Run, binary};
+use grail_tests::binaries::{Run, binary};
 use grail_tests::processes;
+use grail_tests::waiting::wait_until;
+use grail_tests::world::World;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
-
-/// A state directory, and the commands on it.
-struct World {
-    folder: tempfile::TempDir,
-    state: PathBuf,
-}
-
-impl World {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let state = folder.path().join("state");
-        Self { folder, state }
-    }
-
-    /// A miner with windows of 45 seconds and more groups than it can finish in one.
-    fn mine(&self, options: &[&str]) -> Run {
-        let arguments =
-            [&["mine", "--local", "--block-ms", "1500", "--state-dir", self.state.to_str().unwrap()], options].concat();
-        Run::start("grail-supervisor", &arguments, self.folder.path(), &[])
-    }
-
-    fn ask(&self, words: &[&str]) -> Finished {
-        let arguments = [words, &["--state-dir", self.state.to_str().unwrap()]].concat();
-        Run::start("grail-supervisor", &arguments, self.folder.path(), &[]).wait()
-    }
-
-    fn ask_json(&self, words: &[&str]) -> Value {
-        let finished = self.ask(&[words, &["--json"]].concat());
-        assert_eq!(finished.code, Some(0), "{finished:#?}");
-        let document: Value = serde_json::from_str(&finished.stdout).unwrap();
-        assert_eq!(document["schema"], 1, "{document:#}");
-        document
-    }
-
-    fn events(&self) -> Vec<Value> {
-        let text = std::fs::read_to_string(self.state.join("journal.jsonl")).unwrap_or_default();
-        text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["event"].clone()).collect()
-    }
-
-    fn count(&self, kind: &str) -> usize {
-        self.events().iter().filter(|event| event["kind"] == kind).count()
-    }
-
-    fn wait_for_groups(&self, groups: usize) {
-        // The last line of a journal that is written may be half there.
-        let journal = self.state.join("journal.jsonl");
-        wait_until("groups are spooled", || {
-            std::fs::read_to_string(&journal).is_ok_and(|text| text.matches("group_spooled").count() >= groups)
-        });
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.state.join("control.sock")
-    }
-
-    /// Every group with an event is in the file of the only window, and that file is accepted.
-    fn assert_uploaded_whole(&self) {
-        let events = self.events();
-        let of_kind = |kind: &str| events.iter().filter(|event| event["kind"] == kind).collect::<Vec<_>>();
-        let uploaded = of_kind("window_uploaded");
-        assert_eq!(uploaded.len(), 1, "{events:#?}");
-        let window = &uploaded[0]["window"];
-        let spooled = of_kind("group_spooled").iter().filter(|event| event["window"] == *window).count();
-        assert_eq!(of_kind("window_sealed")[0]["groups"], spooled);
-        let verified = self.ask(&["verify", "--local"]);
-        assert_eq!(verified.code, Some(0), "{verified:#?}");
-    }
-
-    fn assert_nothing_left(&self) {
-        wait_until("its children are gone", || processes::mentioning(&self.state).is_empty());
-        assert!(!self.socket().exists(), "the control socket is removed");
-        let left: Vec<_> = std::fs::read_dir(self.state.join("run")).into_iter().flatten().flatten().collect();
-        assert!(left.is_empty(), "{left:?}");
-    }
-}
 
 fn send(run: &Run, signal: Signal) {
     kill(Pid::from_raw(i32::try_from(run.pid()).unwrap()), signal).unwrap();
-}
-
-/// Looks until it is so; the limit only ends a test that has failed.
-fn wait_until(what: &str, holds: impl Fn() -> bool) {
-    let deadline = std::time::Instant::now() + LIMIT;
-    while !holds() {
-        assert!(std::time::Instant::now() < deadline, "never came: {what}");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use grail_tests::binaries::{Finished, Run};
 use grail_tests::processes;
+use grail_tests::waiting::wait_until;
 use serde_json::Value;
 
 const BLOCK_MS: &str = "600";
@@ -135,13 +136,4 @@ fn a_supervisor_that_is_killed_leaves_nothing_running_and_loses_no_group() {
     }
     let verified = supervisor(&["verify", "--local", "--json", "--state-dir", state.to_str().unwrap()], folder.path());
     assert_eq!(verified.code, Some(0), "{verified:#?}");
-}
-
-/// Looks until it is so; the limit only ends a test that has failed.
-fn wait_until(what: &str, holds: impl Fn() -> bool) {
-    let deadline = std::time::Instant::now() + grail_tests::binaries::LIMIT;
-    while !holds() {
-        assert!(std::time::Instant::now() < deadline, "never came: {what}");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
 }

@@ -531,8 +531,9 @@ async fn prefer_exit<P: Process>(child: &P, not_ready: NotReady) -> Result<NotRe
         return Ok(not_ready);
     }
     match tokio::time::timeout(MOMENT, child.wait()).await {
+        // A sound child ends like this when it is hung up on, for instance because it sent nonsense.
+        Ok(Exit { cause: ExitCause::Code(0), .. }) | Err(_) => Ok(not_ready),
         Ok(exit) => Err(exit),
-        Err(_) => Ok(not_ready),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use grail_ipc::messages::{Epoch, SlotId};
-use grail_ipc::socket::RuntimeFolder;
+use grail_ipc::socket::{RuntimeFolder, SocketError};
 use grail_ipc::{Expected, HandshakeError, Token};
 use grail_process::cause::DeathCause;
 use grail_process::{ChildSpec, Environment, Incarnation, NotReady};
@@ -72,6 +72,10 @@ pub fn serving(
 pub fn not_ready(error: &HandshakeError) -> NotReady {
     NotReady(match error {
         HandshakeError::Version { ours, theirs, .. } => DeathCause::VersionMismatch { ours: *ours, theirs: *theirs },
+        // The limit of the handshake is the limit of the start: whichever is noticed first means the same.
+        HandshakeError::Deadline { .. } | HandshakeError::Socket(SocketError::NobodyListens { .. }) => {
+            DeathCause::StartHung
+        }
         error => DeathCause::HandshakeFailed { detail: grail_process::with_causes(error) },
     })
 }

@@ -262,15 +262,16 @@ impl Keeper {
                     let url = self.url().unwrap_or_default();
                     drop(self.journal.send(Event::ServerReady { url, incarnation: epoch.incarnation }));
                 }
+                // A launcher that is gone cannot start a server; how often it may end is counted by its own limit.
                 Err(RequestError::Lost(lost)) => {
                     tracing::debug!(reason = with_causes(&lost), "The launcher is gone.");
                     return;
                 }
                 Err(error) => {
                     running = false;
-                    self.failures += 1;
                     let reason = with_causes(&error);
                     self.publish_loss(&reason);
+                    self.failures += 1;
                     if self.failures >= MOST_FAILURES || is_hopeless(&error) {
                         self.publish.send_replace(Served::Never { reason, exit: exit_code(&error) });
                         // Another launcher would fail in the same way; only another checkpoint may not.

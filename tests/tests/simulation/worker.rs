@@ -251,8 +251,7 @@ impl WorkerLink for SimLink {
     fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'_, Result<GroupProof, RequestError>> {
         async move {
             // An answer that was under way when the process died arrives all the same.
-            if matches!(self.fault, Some(WorkerFault::AnswersAfterDeath { .. })) && !self.process.has_ended()
-            {
+            if matches!(self.fault, Some(WorkerFault::AnswersAfterDeath { .. })) && !self.process.has_ended() {
                 return self.answer(&job).await;
             }
             self.unless_gone(self.answer(&job)).await

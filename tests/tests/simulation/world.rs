@@ -356,9 +356,9 @@ impl World {
             prover: Arc::new(observers.queue.clone()),
             signer: fixtures.signer.clone(),
             progress: observers.progress.clone(),
-            poisonous_dir: self.state_dir().join("poisonous"),
             clock: clock.clone(),
             offload: Offload::Here,
+            poisonous_dir: self.state_dir().join("poisonous"),
         }
     }
 }
