@@ -324,7 +324,11 @@ async fn a_subreaper_becomes_the_parent_of_orphans() {
     // The orphan has left group and session; it writes the number of its new parent.
     let orphan =
         r#"parent() { cut -d" " -f4 /proc/$$/stat; }; while [ "$(parent)" = "$1" ]; do sleep 0.01; done; parent"#;
-    let (mut spec, _) = shell(r#"setsid sh -c "$1" sh $$ & exit 0"#);
+    // What has not left the group when the leader ends is swept with it.
+    let (mut spec, _) = shell(
+        r#"session() { cut -d" " -f6 /proc/$1/stat; }; setsid sh -c "$1" sh $$ &
+        while [ "$(session $!)" = "$(session $$)" ]; do sleep 0.01; done; exit 0"#,
+    );
     let (write, mut report) = mpsc::unbounded_channel();
     spec.log = LogPolicy::to_sink(move |line| write.send(line.text.to_owned()).unwrap_or_default());
     let child = spawn(spec.arguments(["sh", orphan])).await.unwrap();
