@@ -10,7 +10,8 @@ const SYSV: &str = "/proc/sysvipc/shm";
 /// Names of the segments, POSIX and System V, that no living process has mapped or opened.
 #[must_use]
 pub fn unused_segments() -> BTreeSet<String> {
-    let names: Vec<PathBuf> = entries(Path::new(POSIX));
+    // Segments are files; what others keep there in folders is none.
+    let names: Vec<PathBuf> = entries(Path::new(POSIX)).into_iter().filter(|path| path.is_file()).collect();
     let used = if names.is_empty() { BTreeSet::new() } else { used_files() };
     let posix = names.into_iter().filter(|name| !used.contains(name)).map(|name| name.display().to_string());
     posix.chain(unattached()).collect()
