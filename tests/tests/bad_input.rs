@@ -8,6 +8,7 @@ use std::sync::Arc;
 use grail_checkpoint::{CheckpointStore, GenerationParams, MetadataInput, ThinkingModeName, publish_full};
 use grail_protocol::ids::CheckpointWindow;
 use grail_tests::binaries::{Finished, Run};
+use grail_tests::small_disk::SmallDisk;
 
 fn supervisor(arguments: &[&str], folder: &Path) -> Finished {
     Run::start("grail-supervisor", arguments, folder, &[]).wait()
@@ -202,23 +203,6 @@ fn a_full_disk() {
     // What was spooled before can be read.
     let spool = grail_supervisor::spool::read(&state.join("spool").join("window-3000.spool")).unwrap();
     assert!(spool.1.len() >= 2, "{} groups", spool.1.len());
-}
-
-/// A file system of a few MiB that goes with the test.
-struct SmallDisk<'a>(&'a Path);
-
-impl<'a> SmallDisk<'a> {
-    fn mount(at: &'a Path) -> Option<Self> {
-        use nix::mount::{MsFlags, mount};
-        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some("size=64m")).ok()?;
-        Some(Self(at))
-    }
-}
-
-impl Drop for SmallDisk<'_> {
-    fn drop(&mut self) {
-        nix::mount::umount2(self.0, nix::mount::MntFlags::MNT_DETACH).unwrap();
-    }
 }
 
 fn rename_tensor(path: &Path, from: &str, to: &str) {

@@ -1,29 +1,11 @@
 //! A disk that fills up under a window: what is spooled still goes out, and the exit says what to do.
 
-#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise, also in its helpers")]
-
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 
 use grail_tests::binaries::{LIMIT, Run};
-
-/// A file system of a few MiB that goes with the test.
-struct SmallDisk<'a>(&'a Path);
-
-impl<'a> SmallDisk<'a> {
-    fn mount(at: &'a Path) -> Option<Self> {
-        use nix::mount::{MsFlags, mount};
-        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some("size=64m")).ok()?;
-        Some(Self(at))
-    }
-}
-
-impl Drop for SmallDisk<'_> {
-    fn drop(&mut self) {
-        nix::mount::umount2(self.0, nix::mount::MntFlags::MNT_DETACH).unwrap();
-    }
-}
+use grail_tests::small_disk::SmallDisk;
 
 /// The object of the only window in the local bucket.
 fn uploaded(store: &Path) -> Option<Vec<u8>> {

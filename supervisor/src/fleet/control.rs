@@ -168,7 +168,6 @@ impl SlotControl {
         if !has_meaning {
             return Err(SlotRefused::NotNow { slot: self.id, state: state.name(), command });
         }
-        tracing::info!(slot = %self.id, %command, "An operator's command.");
         if matches!(command, SlotCommand::Restart | SlotCommand::Quarantine) {
             self.facts.change(|facts| facts.told_to_end = Some(facts.epoch));
         }
