@@ -360,18 +360,14 @@ impl CheckpointStore {
     pub async fn put_file(&self, key: &str, file: &Path) -> Result<(), StoreError> {
         let mut source = tokio::fs::File::open(file).await.map_err(|source| put_error(key, source))?;
         let mut target = BufWriter::new(Arc::clone(&self.store), key_path(key)?);
-        let copied = async {
-            tokio::io::copy(&mut source, &mut target).await?;
-            target.shutdown().await
-        }
-        .await;
-        if let Err(error) = copied {
+        if let Err(error) = tokio::io::copy(&mut source, &mut target).await {
             if let Err(abort) = target.abort().await {
                 tracing::debug!(key, error = &abort as &dyn std::error::Error, "Upload could not be aborted.");
             }
             return Err(put_error(key, error));
         }
-        Ok(())
+        // A writer whose end has begun cannot be aborted any more: it panics.
+        target.shutdown().await.map_err(|source| put_error(key, source))
     }
 
     /// Stores a small object under `key`.
