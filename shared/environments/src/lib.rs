@@ -4,6 +4,7 @@
 //! process-wide state: the thinking mode is an argument of both prompt and evaluation, since both use its tags.
 
 mod environment;
+mod evaluator;
 pub mod gsm8k;
 mod id;
 mod split;
@@ -15,6 +16,7 @@ pub use environment::{
     BoxFuture, Component, Environment, Evaluation, GroupUnevaluable, Payload, Task, TaskError, Unevaluable, messages,
     prompt_ids, with_system_prompt,
 };
+pub use evaluator::{Evaluator, EvaluatorError, Program, ProgramVerdict, Syntax, TestOutcome};
 pub use id::{EnvironmentId, ParseEnvironmentIdError};
 pub use split::{ParseSplitError, Split};
 pub use tags::{TaggedAnswer, find_answer};

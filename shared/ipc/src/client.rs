@@ -130,6 +130,7 @@ impl<Out: Message, In: Placed> Client<Out, In> {
             events,
             counters: Arc::clone(&counters),
             accepts: true,
+            writes: true,
         };
         tokio::spawn(driver.run(lost_sender));
         Self { commands, next_id: AtomicU64::new(1), lost, counters, sends: std::marker::PhantomData }
@@ -186,6 +187,8 @@ struct Driver<Out, In> {
     events: mpsc::UnboundedSender<In>,
     counters: Arc<Counters>,
     accepts: bool,
+    /// Whether the peer still reads. What it wrote before it stopped is delivered first.
+    writes: bool,
 }
 
 impl<Out: Message, In: Placed> Driver<Out, In> {
@@ -208,7 +211,7 @@ impl<Out: Message, In: Placed> Driver<Out, In> {
     async fn drive(&mut self) -> LostConnection {
         loop {
             let Connection { reader, writer } = &mut self.connection;
-            if !self.accepts && writer.is_idle() {
+            if !self.accepts && (writer.is_idle() || !self.writes) {
                 return LostConnection::ClosedHere;
             }
             tokio::select! {
@@ -220,11 +223,11 @@ impl<Out: Message, In: Placed> Driver<Out, In> {
                     Some(Command::Notify { frame }) => writer.queue_frame(frame),
                     None => self.accepts = false,
                 },
-                written = writer.flush(), if !writer.is_idle() => {
-                    if let Err(error) = written {
-                        return lost_by(error);
-                    }
-                }
+                written = writer.flush(), if self.writes && !writer.is_idle() => match written {
+                    Ok(()) => {}
+                    Err(error) if is_hang_up(&error) => self.writes = false,
+                    Err(error) => return LostConnection::Failed(Arc::new(error)),
+                },
                 message = reader.recv() => match message {
                     Ok(Some(message)) => {
                         if let Err(reason) = self.deliver(message) {
@@ -232,7 +235,7 @@ impl<Out: Message, In: Placed> Driver<Out, In> {
                         }
                     }
                     Ok(None) => return LostConnection::PeerHungUp,
-                    Err(error) => return lost_by(error),
+                    Err(error) => return LostConnection::Failed(Arc::new(error)),
                 }
             }
         }
@@ -267,14 +270,8 @@ impl<Out: Message, In: Placed> Driver<Out, In> {
     }
 }
 
-/// A broken pipe is a hang-up that was noticed while writing.
-fn lost_by(error: ConnectionError) -> LostConnection {
-    match &error {
-        ConnectionError::Write(source)
-            if matches!(source.kind(), std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset) =>
-        {
-            LostConnection::PeerHungUp
-        }
-        _ => LostConnection::Failed(Arc::new(error)),
-    }
+/// A broken pipe is a hang-up that was noticed while writing; answers may still wait to be read.
+fn is_hang_up(error: &ConnectionError) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
+    matches!(error, ConnectionError::Write(source) if matches!(source.kind(), BrokenPipe | ConnectionReset))
 }
