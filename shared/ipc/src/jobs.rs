@@ -2,12 +2,16 @@
 //!
 //! Shapes are checked on both sides, so that neither a wrong request nor a wrong answer gets further than here.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use grail_protocol::ids::{GroupIndex, TokenId, WeightsHash};
+use grail_protocol::ids::{CheckpointWindow, GroupIndex, TokenId, WeightsHash};
 
 use crate::bulk::{self, BulkError};
-use crate::messages::{Epoch, ProveRequest, Proved, RequestId, Verified, VerifiedRow, VerifyRequest, VerifyRow};
+use crate::messages::{
+    ChangeSet, Epoch, ProveRequest, Proved, ReloadCommand, RequestId, TensorChecksum, Verified, VerifiedRow,
+    VerifyRequest, VerifyRow,
+};
 
 /// A request or an answer whose parts do not fit together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -359,4 +363,55 @@ fn floats(field: &'static str, bytes: &[u8], expected: usize) -> Result<Vec<f32>
     let values = bulk::f32_from_bytes(bytes).map_err(|source| ShapeError::Bulk { field, source })?;
     check_length(field, values.len(), expected)?;
     Ok(values)
+}
+
+/// Which weights a worker should have, and the ways to them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReloadOrder {
+    pub checkpoint: CheckpointWindow,
+    /// Folder of the full checkpoint.
+    pub folder: PathBuf,
+    pub weights: WeightsHash,
+    /// Checksum of every tensor of the files; without any the worker hashes the files.
+    pub checksums: Vec<TensorChecksum>,
+    /// Ways from other weights, each from its base to the base of the next, the last to `weights`.
+    pub changes: Vec<ChangeSet>,
+    /// Whether the folder is read even if the weights are there already.
+    pub anew: bool,
+}
+
+impl ReloadOrder {
+    /// The order to read `folder`.
+    #[must_use]
+    pub fn from_folder(checkpoint: CheckpointWindow, folder: impl Into<PathBuf>, weights: WeightsHash) -> Self {
+        Self { checkpoint, folder: folder.into(), weights, checksums: Vec::new(), changes: Vec::new(), anew: false }
+    }
+
+    /// The message that asks for it.
+    #[must_use]
+    pub fn to_command(&self, id: RequestId, epoch: Epoch) -> ReloadCommand {
+        ReloadCommand {
+            id,
+            epoch,
+            checkpoint: self.checkpoint,
+            folder: self.folder.to_string_lossy().into_owned(),
+            weights: self.weights,
+            checksums: self.checksums.clone(),
+            changes: self.changes.clone(),
+            anew: self.anew,
+        }
+    }
+
+    /// Reads the message.
+    #[must_use]
+    pub fn from_command(command: &ReloadCommand) -> Self {
+        Self {
+            checkpoint: command.checkpoint,
+            folder: PathBuf::from(&command.folder),
+            weights: command.weights,
+            checksums: command.checksums.clone(),
+            changes: command.changes.clone(),
+            anew: command.anew,
+        }
+    }
 }

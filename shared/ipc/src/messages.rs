@@ -9,7 +9,7 @@ use grail_protocol::ids::{CheckpointWindow, GroupIndex, TokenId, WeightsHash};
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. Peers with another version are refused, with both numbers.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The most log lines that a message carries: an empty line takes one byte of the frame and 24 of memory.
 pub const MAX_LAST_LINES: usize = 1_024;
@@ -89,6 +89,8 @@ pub enum ToWorker {
     Welcome(Welcome),
     Prove(ProveRequest),
     Verify(VerifyRequest),
+    /// Make the weights of a reload ready beside the present ones, while those prove on.
+    Stage(ReloadCommand),
     Reload(ReloadCommand),
     Ping {
         id: RequestId,
@@ -107,9 +109,17 @@ pub enum FromWorker {
     Hello(Hello),
     Proved(Proved),
     Verified(Verified),
+    Staged {
+        id: RequestId,
+        epoch: Epoch,
+        /// The weights that the next reload to them finds ready; the present ones if there was no memory for both.
+        weights: WeightsHash,
+    },
     Reloaded(Reloaded),
     Pong(Pong),
-    Drained { id: RequestId },
+    Drained {
+        id: RequestId,
+    },
     Failed(Failed),
 }
 
@@ -219,6 +229,33 @@ pub struct ReloadCommand {
     pub folder: String,
     /// Hash that the weights must have after the reload.
     pub weights: WeightsHash,
+    /// Checksum of every tensor of the files, from when the checkpoint was installed. Without any the worker hashes the files.
+    #[serde(default)]
+    pub checksums: Vec<TensorChecksum>,
+    /// Ways from other weights to these, without the folder: each set leads from its base to the base of the next, the last to
+    /// `weights`. A worker whose weights are the base of one of them may go on from there.
+    #[serde(default)]
+    pub changes: Vec<ChangeSet>,
+    /// Whether the folder is read even if the weights are there already.
+    #[serde(default)]
+    pub anew: bool,
+}
+
+/// Checksum of one tensor in the dtype of its file: Σ (bits + 1)·(2·index + 1) mod 2^64 over its elements in C order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorChecksum {
+    pub name: String,
+    pub checksum: u64,
+}
+
+/// What differs between two checkpoints, as a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeSet {
+    pub base: WeightsHash,
+    pub weights: WeightsHash,
+    /// A safetensors file: `index/NAME` (U32, ascending element positions) with `value/NAME` (the new elements in the dtype of
+    /// the tensor's file), or `whole/NAME`; tensors that are the same are absent.
+    pub file: String,
 }
 
 /// The weights are in place.
@@ -229,6 +266,15 @@ pub struct Reloaded {
     pub weights: WeightsHash,
     /// Microseconds in which the worker could not prove.
     pub stall_us: u64,
+    /// Microseconds from the command to the weights being in place.
+    #[serde(default)]
+    pub total_us: u64,
+    /// Whether changes were applied to the weights that were there, instead of reading the folder.
+    #[serde(default)]
+    pub from_changes: bool,
+    /// Whether there was a second copy of the weights for the time of the reload.
+    #[serde(default)]
+    pub in_shadow: bool,
 }
 
 /// Sign of life, answered at once, also while a batch computes.

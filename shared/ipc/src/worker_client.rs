@@ -1,18 +1,15 @@
 //! The supervisor's end of the connection to a proof worker.
 
-use std::path::Path;
 use std::time::Duration;
 
-use grail_protocol::ids::{CheckpointWindow, WeightsHash};
+use grail_protocol::ids::WeightsHash;
 use tokio::sync::mpsc;
 
 use crate::client::{Client, Discarded, LostConnection, Place, Placed, RequestError};
 use crate::connection::Connection;
 use crate::handshake::{self, Expected, HandshakeError};
-use crate::jobs::{GroupProof, ProveJob, RowFacts, VerifyJob};
-use crate::messages::{
-    Epoch, Failed, FromWorker, Hello, Pong, Proved, ReloadCommand, Reloaded, RequestId, ToWorker, Verified,
-};
+use crate::jobs::{GroupProof, ProveJob, ReloadOrder, RowFacts, VerifyJob};
+use crate::messages::{Epoch, Failed, FromWorker, Hello, Pong, Proved, Reloaded, RequestId, ToWorker, Verified};
 
 /// Requests to one incarnation of a proof worker.
 ///
@@ -82,20 +79,26 @@ impl WorkerClient {
         }
     }
 
-    /// Takes the weights in `folder`, which must have the hash `weights`.
+    /// Makes other weights ready beside the present ones. The answer names the weights that are ready: the present ones if the
+    /// worker has no memory for both.
     ///
     /// # Errors
-    /// [`RequestError`]; after [`RequestError::Failed`] the worker still has its old weights.
-    pub async fn reload(
-        &self,
-        checkpoint: CheckpointWindow,
-        folder: &Path,
-        weights: WeightsHash,
-    ) -> Result<Reloaded, RequestError> {
+    /// [`RequestError`]; nothing has changed then.
+    pub async fn stage(&self, order: &ReloadOrder) -> Result<WeightsHash, RequestError> {
         let epoch = self.epoch();
-        let folder = folder.to_string_lossy().into_owned();
-        let command = |id| Ok(ToWorker::Reload(ReloadCommand { id, epoch, checkpoint, folder, weights }));
-        match self.client.request(command).await? {
+        match self.client.request(|id| Ok(ToWorker::Stage(order.to_command(id, epoch)))).await? {
+            FromWorker::Staged { weights, .. } => Ok(weights),
+            other => Err(other_answer(other)),
+        }
+    }
+
+    /// Takes other weights.
+    ///
+    /// # Errors
+    /// [`RequestError`]; after [`RequestError::Failed`] the worker still has its old weights, unless the failure is fatal for it.
+    pub async fn reload(&self, order: &ReloadOrder) -> Result<Reloaded, RequestError> {
+        let epoch = self.epoch();
+        match self.client.request(|id| Ok(ToWorker::Reload(order.to_command(id, epoch)))).await? {
             FromWorker::Reloaded(reloaded) => Ok(reloaded),
             other => Err(other_answer(other)),
         }
@@ -157,7 +160,7 @@ impl Placed for FromWorker {
             Self::Hello(_) => Place::Nowhere,
             Self::Proved(Proved { id, epoch, .. }) => answer(id, Some(*epoch)),
             Self::Verified(Verified { id, epoch, .. }) => answer(id, Some(*epoch)),
-            Self::Reloaded(Reloaded { id, epoch, .. }) => answer(id, Some(*epoch)),
+            Self::Staged { id, epoch, .. } | Self::Reloaded(Reloaded { id, epoch, .. }) => answer(id, Some(*epoch)),
             Self::Pong(Pong { id, epoch, .. }) => answer(id, Some(*epoch)),
             Self::Failed(Failed { id, epoch, .. }) => answer(id, Some(*epoch)),
             Self::Drained { id } => answer(id, None),
@@ -169,6 +172,7 @@ impl Placed for FromWorker {
             Self::Hello(_) => "hello",
             Self::Proved(_) => "proved",
             Self::Verified(_) => "verified",
+            Self::Staged { .. } => "staged",
             Self::Reloaded(_) => "reloaded",
             Self::Pong(_) => "pong",
             Self::Drained { .. } => "drained",

@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use grail_ipc::jobs::{GroupProof, MemberProof, ProveJob, RowFacts, RowJob, ShapeError, VerifyJob};
+use grail_ipc::jobs::{GroupProof, MemberProof, ProveJob, ReloadOrder, RowFacts, RowJob, ShapeError, VerifyJob};
 use grail_ipc::messages::*;
 use grail_ipc::{Connection, Discarded, LauncherClient, LauncherEvent, LostConnection, RequestError, WorkerClient};
 use grail_protocol::ids::{CheckpointWindow, GroupIndex, TokenId, WeightsHash};
@@ -112,6 +112,7 @@ async fn every_request_of_a_worker_has_its_answer() {
         eos_probability: 0.5,
         chosen_probabilities: vec![0.1, 0.2],
     };
+    let order = ReloadOrder::from_folder(CheckpointWindow(60), "/c/60", WeightsHash(12));
     let serve = async {
         loop {
             let answer = match worker.recv().await.unwrap() {
@@ -122,9 +123,19 @@ async fn every_request_of_a_worker_has_its_answer() {
                 }
                 Some(ToWorker::Reload(command)) => {
                     assert_eq!((command.checkpoint, command.folder.as_str()), (CheckpointWindow(60), "/c/60"));
-                    let weights = command.weights;
-                    FromWorker::Reloaded(Reloaded { id: command.id, epoch: EPOCH, weights, stall_us: 5 })
+                    assert_eq!(ReloadOrder::from_command(&command), order);
+                    FromWorker::Reloaded(Reloaded {
+                        id: command.id,
+                        epoch: EPOCH,
+                        weights: command.weights,
+                        stall_us: 5,
+                        total_us: 6,
+                        from_changes: false,
+                        in_shadow: true,
+                    })
                 }
+                // One without memory for two copies.
+                Some(ToWorker::Stage(command)) => FromWorker::Staged { id: command.id, epoch: EPOCH, weights: WEIGHTS },
                 Some(ToWorker::Ping { id }) => FromWorker::Pong(Pong {
                     id,
                     epoch: EPOCH,
@@ -144,7 +155,8 @@ async fn every_request_of_a_worker_has_its_answer() {
     };
     let ask = async {
         assert_eq!(client.verify(&rows).await.unwrap(), std::slice::from_ref(&facts));
-        let reloaded = client.reload(CheckpointWindow(60), Path::new("/c/60"), WeightsHash(12)).await.unwrap();
+        assert_eq!(client.stage(&order).await.unwrap(), WEIGHTS);
+        let reloaded = client.reload(&order).await.unwrap();
         assert_eq!((reloaded.weights, reloaded.stall_us), (WeightsHash(12), 5));
         assert_eq!(client.ping().await.unwrap().rollouts, 48);
         client.drain().await.unwrap();
@@ -409,4 +421,17 @@ async fn a_launcher_reports_phases_while_a_request_is_open() {
         assert_eq!(events.next().await, None);
     };
     tokio::join!(serve, ask);
+}
+
+#[tokio::test]
+async fn what_a_peer_wrote_before_it_hung_up_is_read_first() {
+    // Which of writing and reading is tried first is left to chance.
+    for _ in 0..64 {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&100_u32.to_le_bytes()).await.unwrap();
+        drop(theirs);
+        let client = WorkerClient::new(Connection::new(ours), hello());
+        let error = client.ping().await.unwrap_err();
+        assert!(matches!(error, RequestError::Lost(LostConnection::Failed(_))), "{error:?}");
+    }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use grail_ipc::jobs::{GroupProof, ProveJob};
+use grail_ipc::jobs::{GroupProof, ProveJob, ReloadOrder};
 use grail_ipc::messages::{Hello, Pong, Reloaded};
 use grail_ipc::{LostConnection, RequestError, WorkerClient};
 use grail_process::cause::DeathCause;
@@ -54,7 +54,10 @@ impl WorkerLink for WorkerClient {
     }
 
     fn reload<'l>(&'l self, target: &'l Target) -> BoxFuture<'l, Result<Reloaded, RequestError>> {
-        Self::reload(self, target.checkpoint, &target.folder, target.weights).boxed()
+        async move {
+            Self::reload(self, &ReloadOrder::from_folder(target.checkpoint, &target.folder, target.weights)).await
+        }
+        .boxed()
     }
 
     fn ping(&self) -> BoxFuture<'_, Result<Pong, RequestError>> {
