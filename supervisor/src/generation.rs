@@ -27,6 +27,14 @@ pub struct Sample {
     pub sampling: SamplingParams,
 }
 
+/// A continuation with what the server says of its tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Probe {
+    pub tokens: Vec<TokenId>,
+    /// One a token, natural logarithm, at temperature 1.
+    pub logprobs: Vec<f32>,
+}
+
 /// A sample that could not be had.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -123,6 +131,42 @@ impl HttpGenerator {
             Ok(completion) => Ok(completion.tokens),
             Err(source) => Err(GenerationError::Unacceptable { rid: request.rid, source }),
         }
+    }
+
+    /// The continuation of `prompt`, of the full length that `sampling` allows, with logprobs. Neither limited nor judged like a
+    /// sample: it is a question about the server.
+    ///
+    /// # Errors
+    /// [`GenerationError`].
+    pub async fn probe(
+        &self,
+        rid: String,
+        prompt: &[TokenId],
+        sampling: SamplingParams,
+    ) -> Result<Probe, GenerationError> {
+        let length = sampling.max_new_tokens as usize;
+        let request = GenerateRequest {
+            rid: rid.clone(),
+            input_ids: prompt.to_vec(),
+            sampling_params: sampling,
+            return_logprob: true,
+            stream: false,
+        };
+        let response = self.post(&request).await?;
+        let said = &response.meta_info.weight_version;
+        if *said != self.facts.weight_version {
+            let (expected, found) = (self.facts.weight_version.clone(), said.clone());
+            return Err(GenerationError::Unacceptable { rid, source: BadResponse::WrongWeights { expected, found } });
+        }
+        let unreadable = |detail: &str| GenerationError::Unreadable { rid: rid.clone(), detail: detail.to_owned() };
+        let given = response.meta_info.output_token_logprobs.ok_or_else(|| unreadable("it has no logprobs"))?;
+        if given.len() != length || given.iter().map(|entry| entry.1).ne(response.output_ids) {
+            return Err(unreadable("tokens and logprobs do not belong together"));
+        }
+        let token = |id: i64| u32::try_from(id).ok().filter(|id| (*id as usize) < self.facts.vocab_size).map(TokenId);
+        let tokens: Option<Vec<TokenId>> = given.iter().map(|entry| token(entry.1)).collect();
+        let tokens = tokens.ok_or_else(|| unreadable("a token is outside of the vocabulary"))?;
+        Ok(Probe { tokens, logprobs: given.iter().map(|entry| entry.0).collect() })
     }
 
     async fn post(&self, request: &GenerateRequest) -> Result<GenerateResponse, GenerationError> {

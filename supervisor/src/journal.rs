@@ -46,6 +46,16 @@ pub enum Event {
     ServerLost {
         cause: String,
     },
+    /// Its canary shows other weights than it says it has.
+    ServerRefuted {
+        weights: WeightsHash,
+        reason: String,
+    },
+    /// The checkpoint lies verified on this host, before a window needs it or when it does.
+    CheckpointInstalled {
+        checkpoint: CheckpointWindow,
+        weights: WeightsHash,
+    },
     CheckpointActive {
         checkpoint: CheckpointWindow,
         weights: WeightsHash,
@@ -59,6 +69,12 @@ pub enum Event {
     WindowSkipped {
         window: WindowStart,
         reason: String,
+    },
+    /// Another checkpoint turned out to be the window's: what was made with the first one is set aside.
+    WindowRestarted {
+        window: WindowStart,
+        checkpoint: CheckpointWindow,
+        groups: usize,
     },
     /// The group is on disk: from here on it must reach the window file.
     GroupSpooled {

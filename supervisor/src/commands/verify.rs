@@ -145,7 +145,7 @@ async fn judge(
         let hash = move || grail_checkpoint::WeightsFiles::open(&hashed)?.hash();
         let weights = tokio::task::spawn_blocking(hash).await.map_err(VerifyError::from)?;
         let weights = weights.map_err(|source| CommandError::Weights { source })?;
-        let target = Target { checkpoint, folder, weights };
+        let target = Target::from_folder(checkpoint, folder, weights);
         let (running, client) = fleet::single_worker(&worker, &runtime, target).await?;
         workers = Some(running);
         Ok::<Arc<WorkerClient>, CommandError>(client)

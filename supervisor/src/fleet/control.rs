@@ -7,7 +7,10 @@ use grail_process::ChildControl;
 use grail_process::state::State;
 use grail_protocol::ids::WeightsHash;
 use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, mpsc};
 
+use super::link::Target;
+use super::workers::Order;
 use crate::proofs::{Load, ProofQueue};
 
 /// What a slot may be told.
@@ -41,6 +44,8 @@ impl std::fmt::Display for SlotCommand {
 pub enum SlotRefused {
     #[error("there is no slot {slot}: {count} run, counted from 0")]
     NoSuchSlot { slot: SlotId, count: usize },
+    #[error("slot {slot} is {state} and holds no weights; its worker reads the checkpoint's folder when it starts")]
+    HoldsNothing { slot: SlotId, state: &'static str },
     #[error("slot {slot} is {state}, so {command} has no meaning")]
     NotNow { slot: SlotId, state: &'static str, command: SlotCommand },
 }
@@ -130,6 +135,7 @@ pub(super) struct SlotControl {
     pub id: SlotId,
     pub child: ChildControl,
     pub facts: SharedFacts,
+    pub orders: mpsc::UnboundedSender<Order>,
 }
 
 impl SlotControl {
@@ -194,6 +200,8 @@ fn detail(state: &State) -> Option<String> {
 pub(super) struct ServerControl {
     pub child: ChildControl,
     pub facts: SharedFacts,
+    /// Has the server read its weights again.
+    pub again: Arc<Notify>,
 }
 
 impl ServerControl {
@@ -260,6 +268,41 @@ impl FleetHandle {
         let count = controls.slots.len();
         let known = controls.slots.iter().find(|known| known.id == slot);
         known.ok_or(SlotRefused::NoSuchSlot { slot, count })?.command(command)
+    }
+
+    /// Has all workers make `target` ready, one after the other, while they prove.
+    pub fn stage(&self, target: Target) {
+        let target = Arc::new(target);
+        for slot in &self.controls().slots {
+            // A slot that has ended needs no weights.
+            drop(slot.orders.send(Order::Stage(target.clone())));
+        }
+    }
+
+    /// Has the worker of `slot`, or all workers and the generation server, read the present checkpoint from its folder again.
+    ///
+    /// # Errors
+    /// [`SlotRefused`].
+    pub fn read_anew(&self, slot: Option<SlotId>) -> Result<(), SlotRefused> {
+        let controls = self.controls();
+        let count = controls.slots.len();
+        let chosen: Vec<&SlotControl> =
+            controls.slots.iter().filter(|known| slot.is_none_or(|slot| known.id == slot)).collect();
+        if let (Some(slot), true) = (slot, chosen.is_empty()) {
+            return Err(SlotRefused::NoSuchSlot { slot, count });
+        }
+        for known in chosen {
+            match (slot, known.child.state()) {
+                (_, State::Ready) => drop(known.orders.send(Order::ReadAnew)),
+                (Some(slot), state) => return Err(SlotRefused::HoldsNothing { slot, state: state.name() }),
+                // Those that are not there read the folder when they come.
+                (None, _) => {}
+            }
+        }
+        if let (None, Some(server)) = (slot, &controls.server) {
+            server.again.notify_one();
+        }
+        Ok(())
     }
 
     fn controls(&self) -> std::sync::MutexGuard<'_, Controls> {

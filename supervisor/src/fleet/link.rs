@@ -7,20 +7,45 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use grail_ipc::jobs::{GroupProof, ProveJob, ReloadOrder};
-use grail_ipc::messages::{Hello, Pong, Reloaded};
+use grail_ipc::jobs::{GroupProof, ProveJob, ReloadOrder, RowFacts, VerifyJob};
+use grail_ipc::messages::{ChangeSet, Hello, Pong, Reloaded, TensorChecksum};
 use grail_ipc::{LostConnection, RequestError, WorkerClient};
 use grail_process::cause::DeathCause;
 use grail_protocol::ids::{CheckpointWindow, WeightsHash};
 
 use grail_process::with_causes;
 
-/// The weights that workers should have.
+/// The weights that workers should have, and the ways to them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     pub checkpoint: CheckpointWindow,
     pub folder: PathBuf,
     pub weights: WeightsHash,
+    /// Of every tensor of the files; none if they are not known.
+    pub checksums: Vec<TensorChecksum>,
+    /// Ways from earlier weights, oldest first.
+    pub changes: Vec<ChangeSet>,
+}
+
+impl Target {
+    /// A target that is only to be had from its folder.
+    #[must_use]
+    pub fn from_folder(checkpoint: CheckpointWindow, folder: PathBuf, weights: WeightsHash) -> Self {
+        Self { checkpoint, folder, weights, checksums: Vec::new(), changes: Vec::new() }
+    }
+
+    /// The order to take these weights; `anew` reads them from the folder even where they are already.
+    #[must_use]
+    pub fn order(&self, anew: bool) -> ReloadOrder {
+        ReloadOrder {
+            checkpoint: self.checkpoint,
+            folder: self.folder.clone(),
+            weights: self.weights,
+            checksums: self.checksums.clone(),
+            changes: if anew { Vec::new() } else { self.changes.clone() },
+            anew,
+        }
+    }
 }
 
 /// A connection to one incarnation of a worker; it ends with the process.
@@ -31,8 +56,14 @@ pub trait WorkerLink: fmt::Debug + Send + Sync + 'static {
     /// Proves one group.
     fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'_, Result<GroupProof, RequestError>>;
 
+    /// Makes weights ready beside the present ones; says which are.
+    fn stage(&self, order: ReloadOrder) -> BoxFuture<'_, Result<WeightsHash, RequestError>>;
+
     /// Rolls to other weights.
-    fn reload<'l>(&'l self, target: &'l Target) -> BoxFuture<'l, Result<Reloaded, RequestError>>;
+    fn reload(&self, order: ReloadOrder) -> BoxFuture<'_, Result<Reloaded, RequestError>>;
+
+    /// Recomputes rows.
+    fn verify<'l>(&'l self, job: &'l VerifyJob) -> BoxFuture<'l, Result<Vec<RowFacts>, RequestError>>;
 
     /// Asks for a sign of life.
     fn ping(&self) -> BoxFuture<'_, Result<Pong, RequestError>>;
@@ -53,11 +84,16 @@ impl WorkerLink for WorkerClient {
         async move { Self::prove(self, &job).await }.boxed()
     }
 
-    fn reload<'l>(&'l self, target: &'l Target) -> BoxFuture<'l, Result<Reloaded, RequestError>> {
-        async move {
-            Self::reload(self, &ReloadOrder::from_folder(target.checkpoint, &target.folder, target.weights)).await
-        }
-        .boxed()
+    fn stage(&self, order: ReloadOrder) -> BoxFuture<'_, Result<WeightsHash, RequestError>> {
+        async move { Self::stage(self, &order).await }.boxed()
+    }
+
+    fn reload(&self, order: ReloadOrder) -> BoxFuture<'_, Result<Reloaded, RequestError>> {
+        async move { Self::reload(self, &order).await }.boxed()
+    }
+
+    fn verify<'l>(&'l self, job: &'l VerifyJob) -> BoxFuture<'l, Result<Vec<RowFacts>, RequestError>> {
+        Self::verify(self, job).boxed()
     }
 
     fn ping(&self) -> BoxFuture<'_, Result<Pong, RequestError>> {

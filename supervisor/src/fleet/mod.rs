@@ -1,6 +1,7 @@
 //! The child processes that a miner works with: proof workers and one generation server, rolled from checkpoint to checkpoint
 //! as one.
 
+mod canary;
 mod child;
 mod control;
 mod link;
@@ -88,11 +89,8 @@ struct Running {
 }
 
 fn target_of(checkpoint: &ReadyCheckpoint) -> Target {
-    Target {
-        checkpoint: checkpoint.installed.window,
-        folder: checkpoint.installed.folder.clone(),
-        weights: checkpoint.installed.weights_hash,
-    }
+    let installed = &checkpoint.installed;
+    Target::from_folder(installed.window, installed.folder.clone(), installed.weights_hash)
 }
 
 impl Fleet {
@@ -150,13 +148,14 @@ impl Fleet {
         running.rolled = None;
         let weights = target.weights;
         let first = running.started_on.take() == Some(weights);
+        // A server waits for a worker that confirms its weights, so the first failure ends both.
         let brought = if first {
             let label = weights.to_string();
-            futures::join!(running.workers.wait_ready(), running.server.wait_for(&label))
+            futures::try_join!(running.workers.wait_ready(), running.server.wait_for(&label))
         } else {
-            futures::join!(running.workers.roll(target.clone()), running.server.roll(target, facts))
+            futures::try_join!(running.workers.roll(target.clone()), running.server.roll(target, facts))
         };
-        if let Err(error) = brought.0.and(brought.1) {
+        if let Err(error) = brought {
             if first {
                 self.shut_down().await;
             }
@@ -175,7 +174,8 @@ impl Fleet {
             Observers { queue: self.queue.clone(), journal: self.journal.clone(), progress: self.progress.clone() };
         let workers = Workers::start(&self.settings.workers, &runtime, target.clone(), &observers);
         let started_on = Some(target.weights);
-        let server = Server::start(&self.settings.server, &runtime, (target, facts), self.journal.clone());
+        let confirmers = workers.confirmers();
+        let server = Server::start(&self.settings.server, &runtime, (target, facts), confirmers, self.journal.clone());
         let controls = control::Controls { slots: workers.controls(), server: Some(server.control()) };
         *self.controls.lock().unwrap_or_else(PoisonError::into_inner) = controls;
         Ok(Running { workers, server, started_on, rolled: None })

@@ -20,13 +20,15 @@ use grail_process::{
     StopPlan, StopTarget, Supervised, supervise,
 };
 use grail_protocol::ids::TokenId;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use super::FleetError;
+use super::canary::{Canary, CanaryError};
 use super::child::{self, not_ready};
 use super::control::{ServerControl, SharedFacts};
 use super::link::{Heartbeat, Target};
 use super::pinning;
+use super::workers::Confirmers;
 use crate::generation::{GenerationError, Generator, HttpGenerator, Sample, ServerFacts};
 use crate::journal::Event;
 use grail_process::with_causes;
@@ -87,6 +89,7 @@ pub struct Server {
     served: watch::Receiver<Served>,
     generator: Arc<WaitingGenerator>,
     facts: SharedFacts,
+    again: Arc<Notify>,
 }
 
 /// What the server can do now.
@@ -108,9 +111,10 @@ impl Server {
         settings: &ServerSettings,
         runtime: &RuntimeFolder,
         target: (Target, ModelFacts),
+        confirmers: Confirmers,
         journal: mpsc::UnboundedSender<Event>,
     ) -> Self {
-        let facts = SharedFacts::default();
+        let (facts, again) = (SharedFacts::default(), Arc::new(Notify::new()));
         let role =
             LauncherRole { settings: settings.clone(), runtime: runtime.clone(), facts: facts.clone(), call: None };
         let policy = ChildPolicy {
@@ -133,15 +137,17 @@ impl Server {
             journal,
             states: child.states(),
             facts: facts.clone(),
+            canary: Canary::new(confirmers),
+            again: again.clone(),
             failures: 0,
         };
         tokio::spawn(keeper.run(events));
         let generator = Arc::new(WaitingGenerator { served: served.clone() });
-        Self { child, target, served, generator, facts }
+        Self { child, target, served, generator, facts, again }
     }
 
     pub(super) fn control(&self) -> ServerControl {
-        ServerControl { child: self.child.control(), facts: self.facts.clone() }
+        ServerControl { child: self.child.control(), facts: self.facts.clone(), again: self.again.clone() }
     }
 
     /// The source of completions; it waits while the server is away.
@@ -201,6 +207,9 @@ struct Keeper {
     journal: mpsc::UnboundedSender<Event>,
     states: watch::Receiver<State>,
     facts: SharedFacts,
+    canary: Canary,
+    /// An operator wants the weights to be read again.
+    again: Arc<Notify>,
     failures: u32,
 }
 
@@ -233,76 +242,153 @@ impl Keeper {
 
     /// Drives one launcher until its connection is over.
     async fn serve(&mut self, client: &Arc<LauncherClient>, mut events: LauncherEvents) {
-        let mut running = false;
+        // Where a server runs under this launcher.
+        let mut url = None;
         // What another launcher failed at says nothing of this one.
         self.failures = 0;
         loop {
             self.wanted.mark_unchanged();
             let (target, facts) = self.wanted.borrow().clone();
-            let label = target.weights.to_string();
-            let brought = if running {
-                client.update(&target.folder, &label).await.map(|epoch| (None, epoch))
-            } else {
-                let started = client.start(self.spec(&target, facts, &label)).await;
-                started.map(|server| (Some(server.url), server.epoch))
-            };
-            match brought {
-                Ok((url, epoch)) => {
-                    running = true;
-                    self.failures = 0;
-                    if let Err(error) = self.publish_serving(url, &epoch.weights, facts) {
-                        tracing::error!(%error, "The client of the generation server cannot be made.");
-                        return;
-                    }
-                    tracing::info!(
-                        incarnation = epoch.incarnation,
-                        weights = epoch.weights,
-                        "Generation server serves."
-                    );
-                    let url = self.url().unwrap_or_default();
-                    drop(self.journal.send(Event::ServerReady { url, incarnation: epoch.incarnation }));
-                }
+            let brought = self.bring(client, &target, facts, &mut url).await;
+            let tested = match brought {
+                Ok(brought) => self.test(&brought, (&target, facts), client, &mut events).await,
                 // A launcher that is gone cannot start a server; how often it may end is counted by its own limit.
-                Err(RequestError::Lost(lost)) => {
+                Err(NotBrought::Launcher(RequestError::Lost(lost))) => {
                     tracing::debug!(reason = with_causes(&lost), "The launcher is gone.");
                     return;
                 }
-                Err(error) => {
-                    running = false;
-                    let reason = with_causes(&error);
-                    self.publish_loss(&reason);
-                    self.failures += 1;
-                    if self.failures >= MOST_FAILURES || is_hopeless(&error) {
-                        self.publish.send_replace(Served::Never { reason, exit: exit_code(&error) });
-                        // Another launcher would fail in the same way; only another checkpoint may not.
-                        tokio::select! {
-                            _ = client.closed() => return,
-                            changed = self.wanted.changed() => if changed.is_err() { return },
-                        }
-                        self.failures = 0;
-                        self.publish.send_replace(Served::Nothing);
+                Err(error) => Tested::Unfit(error),
+            };
+            match tested {
+                Tested::Serves => {}
+                Tested::OtherWanted => continue,
+                Tested::Died(cause) => {
+                    url = None;
+                    self.publish_loss(&cause);
+                    continue;
+                }
+                Tested::LauncherGone => return,
+                Tested::Unfit(error) => {
+                    url = None;
+                    if !self.recover(client, &error).await {
+                        return;
                     }
-                    // After a failed update nobody knows what the old server holds: the next try starts a fresh one.
-                    if let Err(error) = client.stop().await {
-                        tracing::debug!(error = with_causes(&error), "There was no server to stop.");
-                    }
-                    tokio::time::sleep(Duration::from_millis(500) * self.failures).await;
                     continue;
                 }
             }
+            let again = self.again.clone();
             tokio::select! {
                 biased;
                 lost = next_death(&mut events) => match lost {
                     Some(cause) => {
-                        running = false;
+                        url = None;
                         self.publish_loss(&cause);
                     }
                     None => return,
                 },
                 changed = self.wanted.changed() => if changed.is_err() { return },
+                () = again.notified() => tracing::info!("The generation server reads its weights again."),
                 _ = client.closed() => return,
             }
         }
+    }
+
+    /// Starts a server with `target`, or updates the one at `url`.
+    async fn bring(
+        &self,
+        client: &Arc<LauncherClient>,
+        target: &Target,
+        facts: ModelFacts,
+        url: &mut Option<String>,
+    ) -> Result<Brought, NotBrought> {
+        let label = target.weights.to_string();
+        let (address, epoch) = match url.take() {
+            Some(address) => (address, client.update(&target.folder, &label).await?),
+            None => {
+                let server = client.start(self.spec(target, facts, &label)).await?;
+                (server.url, server.epoch)
+            }
+        };
+        *url = Some(address.clone());
+        tracing::info!(incarnation = epoch.incarnation, weights = epoch.weights, "Generation server has the weights.");
+        let facts = ServerFacts {
+            url: address,
+            weight_version: epoch.weights,
+            vocab_size: facts.vocab_size,
+            eos_token: facts.eos_token,
+        };
+        let generator = HttpGenerator::new(facts, self.settings.max_concurrent, self.settings.request_limit);
+        Ok(Brought { generator: Arc::new(generator.map_err(NotBrought::Client)?), incarnation: epoch.incarnation })
+    }
+
+    /// Has the server prove that it has the weights, and lets it serve then.
+    async fn test(
+        &mut self,
+        Brought { generator, incarnation }: &Brought,
+        (target, facts): (&Target, ModelFacts),
+        client: &Arc<LauncherClient>,
+        events: &mut LauncherEvents,
+    ) -> Tested {
+        let proven = loop {
+            let proven = tokio::select! {
+                biased;
+                lost = next_death(events) => return lost.map_or(Tested::LauncherGone, Tested::Died),
+                changed = self.wanted.changed() => match changed {
+                    Ok(()) => return Tested::OtherWanted,
+                    Err(_) => return Tested::LauncherGone,
+                },
+                _ = client.closed() => return Tested::LauncherGone,
+                proven = self.canary.check(generator, target.weights, facts) => proven,
+            };
+            match proven {
+                // Workers that fail say nothing of the server.
+                Err(error @ CanaryError::Confirmation(_)) => {
+                    tracing::warn!(error = with_causes(&error), "The canary is tried again.");
+                    tokio::time::sleep(CANARY_PAUSE).await;
+                }
+                proven => break proven,
+            }
+        };
+        match proven {
+            Ok(()) => {
+                self.failures = 0;
+                self.publish_serving(generator, &target.weights.to_string());
+                let url = generator.url().to_owned();
+                drop(self.journal.send(Event::ServerReady { url, incarnation: *incarnation }));
+                Tested::Serves
+            }
+            Err(error) => {
+                if error.is_refuted() {
+                    let reason = with_causes(&error);
+                    tracing::error!(reason, "The generation server does not have the weights that it says it has.");
+                    drop(self.journal.send(Event::ServerRefuted { weights: target.weights, reason }));
+                }
+                Tested::Unfit(NotBrought::Canary(error))
+            }
+        }
+    }
+
+    /// Makes room for another try; `false` if the launcher is gone.
+    async fn recover(&mut self, client: &Arc<LauncherClient>, error: &NotBrought) -> bool {
+        let reason = with_causes(error);
+        self.publish_loss(&reason);
+        self.failures += 1;
+        if self.failures >= MOST_FAILURES || error.is_hopeless() {
+            self.publish.send_replace(Served::Never { reason, exit: error.exit_code() });
+            // Another launcher would fail in the same way; only another checkpoint may not.
+            tokio::select! {
+                _ = client.closed() => return false,
+                changed = self.wanted.changed() => if changed.is_err() { return false },
+            }
+            self.failures = 0;
+            self.publish.send_replace(Served::Nothing);
+        }
+        // After a failed update nobody knows what the old server holds: the next try starts a fresh one.
+        if let Err(error) = client.stop().await {
+            tracing::debug!(error = with_causes(&error), "There was no server to stop.");
+        }
+        tokio::time::sleep(Duration::from_millis(500) * self.failures).await;
+        true
     }
 
     fn spec(&self, target: &Target, facts: ModelFacts, label: &str) -> ServerSpec {
@@ -321,26 +407,11 @@ impl Keeper {
         }
     }
 
-    fn url(&self) -> Option<String> {
-        match &*self.publish.borrow() {
-            Served::Weights(_, generator) => Some(generator.url().to_owned()),
-            _ => None,
-        }
-    }
-
-    /// A server that was updated keeps its address.
-    fn publish_serving(&self, url: Option<String>, label: &str, facts: ModelFacts) -> reqwest::Result<()> {
-        let Some(url) = url.or_else(|| self.url()) else { return Ok(()) };
-        let facts = ServerFacts {
-            url,
-            weight_version: label.to_owned(),
-            vocab_size: facts.vocab_size,
-            eos_token: facts.eos_token,
-        };
-        self.facts.change(|shown| (shown.url, shown.label) = (Some(facts.url.clone()), Some(label.to_owned())));
-        let generator = HttpGenerator::new(facts, self.settings.max_concurrent, self.settings.request_limit)?;
-        self.publish.send_replace(Served::Weights(label.to_owned(), Arc::new(generator)));
-        Ok(())
+    fn publish_serving(&self, generator: &Arc<HttpGenerator>, label: &str) {
+        let url = generator.url().to_owned();
+        tracing::info!(url, weights = label, "Generation server serves.");
+        self.facts.change(|shown| (shown.url, shown.label) = (Some(url), Some(label.to_owned())));
+        self.publish.send_replace(Served::Weights(label.to_owned(), generator.clone()));
     }
 
     fn publish_loss(&self, cause: &str) {
@@ -367,17 +438,49 @@ impl Keeper {
     }
 }
 
-/// Whether another try would end the same way: the order itself is wrong.
-fn is_hopeless(error: &RequestError) -> bool {
-    matches!(error, RequestError::Failed(failed) if failed.code == BAD_SPEC)
+/// A pause before workers are asked again.
+const CANARY_PAUSE: Duration = Duration::from_secs(1);
+
+/// A server that says it has the weights.
+struct Brought {
+    generator: Arc<HttpGenerator>,
+    incarnation: u64,
 }
 
-/// What a launcher's refusal means for us.
-fn exit_code(error: &RequestError) -> Option<ExitCode> {
-    match error {
-        RequestError::Failed(failed) if failed.code == BAD_CHECKPOINT => Some(ExitCode::BadData),
-        RequestError::Failed(failed) if failed.code == BAD_SPEC => Some(ExitCode::Configuration),
-        _ => None,
+/// How a server that was brought to its weights stands the test.
+enum Tested {
+    Serves,
+    /// Other weights are wanted meanwhile.
+    OtherWanted,
+    Died(String),
+    LauncherGone,
+    Unfit(NotBrought),
+}
+
+/// A server that does not have the weights.
+#[derive(Debug, thiserror::Error)]
+enum NotBrought {
+    #[error(transparent)]
+    Launcher(#[from] RequestError),
+    #[error("make a client of the generation server")]
+    Client(#[source] reqwest::Error),
+    #[error("the generation server is not proven to have its weights")]
+    Canary(#[source] CanaryError),
+}
+
+impl NotBrought {
+    /// Whether another try would end the same way: the order itself is wrong.
+    fn is_hopeless(&self) -> bool {
+        matches!(self, Self::Launcher(RequestError::Failed(failed)) if failed.code == BAD_SPEC)
+    }
+
+    /// What a launcher's refusal means for us.
+    fn exit_code(&self) -> Option<ExitCode> {
+        match self {
+            Self::Launcher(RequestError::Failed(failed)) if failed.code == BAD_CHECKPOINT => Some(ExitCode::BadData),
+            Self::Launcher(RequestError::Failed(failed)) if failed.code == BAD_SPEC => Some(ExitCode::Configuration),
+            _ => None,
+        }
     }
 }
 

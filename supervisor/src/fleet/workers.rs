@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use grail_ipc::jobs::ProveJob;
+use grail_ipc::jobs::{ProveJob, ReloadOrder, RowFacts, VerifyJob};
 use grail_ipc::messages::{Failed, Severity, SlotId};
 use grail_ipc::socket::RuntimeFolder;
 use grail_ipc::{Expected, LostConnection, RequestError, WorkerClient};
@@ -94,8 +94,18 @@ struct Slot<L: WorkerLink> {
     child: Supervised,
     live: watch::Receiver<Option<Arc<LiveWorker<L>>>>,
     facts: SharedFacts,
-    /// Says that other weights are wanted.
-    rolls: mpsc::UnboundedSender<()>,
+    orders: mpsc::UnboundedSender<Order>,
+}
+
+/// What a slot is told about its weights.
+#[derive(Debug, Clone)]
+pub(super) enum Order {
+    /// Others are wanted: the target has changed.
+    Roll,
+    /// These will be wanted soon.
+    Stage(Arc<Target>),
+    /// Read the present ones from their folder again.
+    ReadAnew,
 }
 
 /// What slots report to.
@@ -157,9 +167,9 @@ impl<L: WorkerLink> Workers<L> {
             .map(|number| {
                 let (id, facts) = (SlotId(number), SharedFacts::default());
                 let role = role(id, target.subscribe(), SlotFacts(facts.clone()));
-                let (rolls, orders) = mpsc::unbounded_channel();
+                let (sender, orders) = mpsc::unbounded_channel();
                 let rolling = Rolling { target: target.subscribe(), orders, turn: one_after_the_other.clone() };
-                Slot::start(id, role, (rolls, rolling), limits, facts, observers)
+                Slot::start(id, role, (sender, rolling), limits, facts, observers)
             })
             .collect();
         let workers = Self { slots, target };
@@ -191,9 +201,18 @@ impl<L: WorkerLink> Workers<L> {
     }
 
     pub(super) fn controls(&self) -> Vec<SlotControl> {
-        let control =
-            |slot: &Slot<L>| SlotControl { id: slot.id, child: slot.child.control(), facts: slot.facts.clone() };
+        let control = |slot: &Slot<L>| SlotControl {
+            id: slot.id,
+            child: slot.child.control(),
+            facts: slot.facts.clone(),
+            orders: slot.orders.clone(),
+        };
         self.slots.iter().map(control).collect()
+    }
+
+    /// Whoever recomputes rows with certain weights.
+    pub(super) fn confirmers(&self) -> Confirmers<L> {
+        Confirmers { lives: self.slots.iter().map(|slot| slot.live.clone()).collect() }
     }
 
     /// The slots as seen from outside.
@@ -245,7 +264,7 @@ impl<L: WorkerLink> Workers<L> {
         if is_new {
             // In the order of the slots; the watch alone would wake them in any.
             for slot in &self.slots {
-                slot.rolls.send(()).unwrap_or_default();
+                slot.orders.send(Order::Roll).unwrap_or_default();
             }
         }
         self.wait_ready().await
@@ -254,6 +273,51 @@ impl<L: WorkerLink> Workers<L> {
     /// Ends all workers and waits for their end.
     pub async fn shut_down(self) {
         futures::future::join_all(self.slots.into_iter().map(|slot| slot.child.shut_down())).await;
+    }
+}
+
+/// The workers that live, for questions beside the queue of groups.
+#[derive(Debug, Clone)]
+pub(super) struct Confirmers<L: WorkerLink = WorkerClient> {
+    lives: Vec<watch::Receiver<Option<Arc<LiveWorker<L>>>>>,
+}
+
+/// A question that some workers failed at, whatever they died of.
+const MOST_ASKED: u32 = 4;
+
+impl<L: WorkerLink> Confirmers<L> {
+    /// Has a worker with the job's weights recompute it; waits for one.
+    ///
+    /// # Errors
+    /// The last failure, when several workers have failed.
+    pub async fn verify(&mut self, job: &VerifyJob) -> Result<Vec<RowFacts>, RequestError> {
+        let mut asked = 0;
+        loop {
+            let worker = self.with_weights(job.weights).await;
+            asked += 1;
+            match worker.link.verify(job).await {
+                Err(error) if asked < MOST_ASKED => {
+                    tracing::debug!(slot = %worker.slot, error = with_causes(&error), "Asking another worker.");
+                    // One whose end is not known yet would be asked at once again.
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn with_weights(&mut self, weights: WeightsHash) -> Arc<LiveWorker<L>> {
+        loop {
+            let fits = |live: &Arc<LiveWorker<L>>| live.weights() == Some(weights);
+            if let Some(live) = self.lives.iter_mut().find_map(|live| live.borrow_and_update().clone().filter(fits)) {
+                return live;
+            }
+            let changes: Vec<_> = self.lives.iter_mut().map(|live| live.changed().boxed()).collect();
+            if changes.is_empty() || futures::future::select_all(changes).await.0.is_err() {
+                // The slots have ended; whoever waits here is ended too.
+                std::future::pending::<()>().await;
+            }
+        }
     }
 }
 
@@ -286,7 +350,7 @@ fn hopeless_exit(state: &State) -> Option<ExitCode> {
 #[derive(Debug)]
 struct Rolling {
     target: watch::Receiver<Target>,
-    orders: mpsc::UnboundedReceiver<()>,
+    orders: mpsc::UnboundedReceiver<Order>,
     /// One slot reloads at a time.
     turn: Arc<Semaphore>,
 }
@@ -295,7 +359,7 @@ impl<L: WorkerLink> Slot<L> {
     fn start<R: Role<Link = Arc<L>>>(
         id: SlotId,
         role: R,
-        (rolls, rolling): (mpsc::UnboundedSender<()>, Rolling),
+        (orders, rolling): (mpsc::UnboundedSender<Order>, Rolling),
         limits: &SlotLimits,
         facts: SharedFacts,
         observers: &Observers,
@@ -319,10 +383,13 @@ impl<L: WorkerLink> Slot<L> {
             observers: observers.clone(),
             limits: limits.clone(),
             rolling,
-            reload: None,
+            change: None,
+            is_offered: false,
+            reads_anew: false,
+            next: None,
         };
         tokio::spawn(follower.run::<R>(events));
-        Self { id, child, live, facts, rolls }
+        Self { id, child, live, facts, orders }
     }
 }
 
@@ -335,14 +402,26 @@ struct Follower<L: WorkerLink> {
     observers: Observers,
     limits: SlotLimits,
     rolling: Rolling,
-    /// The reload under way.
-    reload: Option<BoxFuture<'static, Reload<L>>>,
+    /// The reload or its preparation under way.
+    change: Option<BoxFuture<'static, Change<L>>>,
+    /// Whether the queue gives work to the live worker.
+    is_offered: bool,
+    /// An operator wants the weights to be read again.
+    reads_anew: bool,
+    /// Weights that will be wanted soon.
+    next: Option<Arc<Target>>,
 }
 
-/// What became of a reload.
-struct Reload<L: WorkerLink> {
+/// What became of a request to a worker about its weights.
+struct Change<L: WorkerLink> {
     worker: Arc<LiveWorker<L>>,
-    result: Result<(), String>,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    Reloaded(Result<(), String>),
+    /// With success or without: weights that are not ready beforehand take longer when they are due.
+    Staged,
 }
 
 impl<L: WorkerLink> Follower<L> {
@@ -354,14 +433,23 @@ impl<L: WorkerLink> Follower<L> {
                     Some(event) => self.take::<R>(event),
                     None => return,
                 },
-                reload = under_way(&mut self.reload) => {
-                    self.reload = None;
-                    self.reloaded(reload);
+                change = under_way(&mut self.change) => {
+                    self.change = None;
+                    self.changed(change);
                 }
                 // Without orders the fleet is being ended; the last events still count.
-                Some(()) = self.rolling.orders.recv() => self.bring_to_target(),
+                Some(order) = self.rolling.orders.recv() => self.obey(order),
             }
         }
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Roll => {}
+            Order::Stage(target) => self.next = Some(target),
+            Order::ReadAnew => self.reads_anew = true,
+        }
+        self.bring_to_target();
     }
 
     fn take<R: Role<Link = Arc<L>>>(&mut self, event: ChildEvent<Arc<L>, R::Process>) {
@@ -383,39 +471,67 @@ impl<L: WorkerLink> Follower<L> {
     fn bring_to_target(&mut self) {
         let Some(worker) = self.publish.borrow().clone() else { return };
         let target = self.rolling.target.borrow().clone();
-        if self.reload.is_some() {
+        let has_them = worker.weights() == Some(target.weights);
+        if !has_them {
+            self.withdraw();
+        }
+        if self.change.is_some() {
             // Looked at again when that one is over.
             return;
         }
-        if worker.weights() == Some(target.weights) {
-            return self.observers.queue.worker_ready(Arc::new(worker));
+        if has_them && !self.reads_anew {
+            if !self.is_offered {
+                self.is_offered = true;
+                self.observers.queue.worker_ready(Arc::new(worker.clone()));
+            }
+            return self.stage_next(worker);
         }
-        self.observers.queue.worker_lost(self.slot);
+        self.withdraw();
+        let order = target.order(std::mem::take(&mut self.reads_anew));
         let (turn, limit) = (self.rolling.turn.clone(), self.limits.reload);
         let reload = async move {
             // The semaphore is never closed.
             let _turn = turn.acquire().await;
-            let result = worker.reload(&target, limit).await;
-            Reload { worker, result }
+            let result = worker.reload(order, limit).await;
+            Change { worker, outcome: Outcome::Reloaded(result) }
         };
-        self.reload = Some(reload.boxed());
+        self.change = Some(reload.boxed());
     }
 
-    fn reloaded(&mut self, Reload { worker, result }: Reload<L>) {
+    /// Has the worker make ready what will be wanted soon, once, while it proves.
+    fn stage_next(&mut self, worker: Arc<LiveWorker<L>>) {
+        let Some(next) = self.next.clone().filter(|next| worker.is_to_stage(next.weights)) else { return };
+        let (turn, limit) = (self.rolling.turn.clone(), self.limits.reload);
+        let stage = async move {
+            // The semaphore is never closed.
+            let _turn = turn.acquire().await;
+            worker.stage(&next, limit).await;
+            Change { worker, outcome: Outcome::Staged }
+        };
+        self.change = Some(stage.boxed());
+    }
+
+    fn changed(&mut self, Change { worker, outcome }: Change<L>) {
         let is_live = self.publish.borrow().as_ref().is_some_and(|live| Arc::ptr_eq(live, &worker));
-        match result {
-            _ if !is_live => self.bring_to_target(),
-            Ok(()) => {
+        match outcome {
+            Outcome::Reloaded(Ok(())) if is_live => {
                 // Whoever waits for a slot with these weights looks again.
                 self.publish.send_modify(|_| {});
                 self.bring_to_target();
             }
-            Err(reason) => {
+            Outcome::Reloaded(Err(reason)) if is_live => {
                 tracing::error!(slot = %self.slot, reason, "A worker did not take the checkpoint; starting it anew.");
                 self.facts.change(|facts| facts.told_to_end = Some(worker.incarnation));
                 self.control.restart();
             }
+            Outcome::Reloaded(_) | Outcome::Staged => self.bring_to_target(),
         }
+    }
+
+    /// Takes the live worker out of the queue.
+    fn withdraw(&mut self) {
+        self.is_offered = false;
+        self.observers.queue.worker_lost(self.slot);
     }
 
     fn note(&self, event: Event) {
@@ -432,6 +548,7 @@ impl<L: WorkerLink> Follower<L> {
             slot: self.slot,
             incarnation: incarnation.number,
             weights: Mutex::new(hello.weights),
+            asked_to_stage: Mutex::new(None),
             link,
             control: self.control.clone(),
             facts: self.facts.clone(),
@@ -443,8 +560,8 @@ impl<L: WorkerLink> Follower<L> {
         self.bring_to_target();
     }
 
-    fn drain(&self) {
-        self.observers.queue.worker_lost(self.slot);
+    fn drain(&mut self) {
+        self.withdraw();
         let Some(worker) = self.publish.borrow().clone() else { return self.control.drained() };
         let (control, limit, facts) = (self.control.clone(), self.limits.drain, self.facts.clone());
         tokio::spawn(async move {
@@ -459,8 +576,8 @@ impl<L: WorkerLink> Follower<L> {
         });
     }
 
-    fn died(&self, incarnation: u64, cause: &DeathCause, last_lines: &[String]) {
-        self.observers.queue.worker_lost(self.slot);
+    fn died(&mut self, incarnation: u64, cause: &DeathCause, last_lines: &[String]) {
+        self.withdraw();
         if let Some(worker) = self.publish.send_replace(None) {
             worker.is_dead.store(true, Ordering::Relaxed);
         }
@@ -481,9 +598,9 @@ impl<L: WorkerLink> Follower<L> {
 /// Tokens of one batch of a worker whose last incarnation ran out of memory: a quarter of its default.
 const REDUCED_BATCH_TOKENS: u32 = 4_096;
 
-async fn under_way<L: WorkerLink>(reload: &mut Option<BoxFuture<'static, Reload<L>>>) -> Reload<L> {
-    match reload {
-        Some(reload) => reload.await,
+async fn under_way<L: WorkerLink>(change: &mut Option<BoxFuture<'static, Change<L>>>) -> Change<L> {
+    match change {
+        Some(change) => change.await,
         None => std::future::pending().await,
     }
 }
@@ -579,6 +696,8 @@ struct LiveWorker<L: WorkerLink> {
     slot: SlotId,
     incarnation: u64,
     weights: Mutex<Option<WeightsHash>>,
+    /// The weights that it was last told to make ready.
+    asked_to_stage: Mutex<Option<WeightsHash>>,
     link: Arc<L>,
     control: ChildControl,
     facts: SharedFacts,
@@ -597,13 +716,36 @@ impl<L: WorkerLink> LiveWorker<L> {
         *self.weights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn reload(&self, target: &Target, limit: Duration) -> Result<(), String> {
-        match tokio::time::timeout(limit, self.link.reload(target)).await {
+    /// Whether it neither has `weights` nor was told to make them ready.
+    fn is_to_stage(&self, weights: WeightsHash) -> bool {
+        let asked = *self.asked_to_stage.lock().unwrap_or_else(PoisonError::into_inner);
+        asked != Some(weights) && self.weights() != Some(weights)
+    }
+
+    async fn stage(&self, next: &Target, limit: Duration) {
+        *self.asked_to_stage.lock().unwrap_or_else(PoisonError::into_inner) = Some(next.weights);
+        let (slot, checkpoint) = (self.slot, next.checkpoint);
+        match tokio::time::timeout(limit, self.link.stage(next.order(false))).await {
+            Ok(Ok(ready)) if ready == next.weights => {
+                tracing::info!(%slot, %checkpoint, "Worker has the checkpoint ready.")
+            }
+            Ok(Ok(_)) => tracing::info!(%slot, %checkpoint, "Worker has no memory to make the checkpoint ready."),
+            Ok(Err(error)) => {
+                tracing::warn!(%slot, %checkpoint, error = with_causes(&error), "Worker could not make the checkpoint ready.");
+            }
+            Err(_) => tracing::warn!(%slot, %checkpoint, ?limit, "Worker did not make the checkpoint ready in time."),
+        }
+    }
+
+    async fn reload(&self, order: ReloadOrder, limit: Duration) -> Result<(), String> {
+        let checkpoint = order.checkpoint;
+        match tokio::time::timeout(limit, self.link.reload(order)).await {
             Ok(Ok(reloaded)) => {
                 *self.weights.lock().unwrap_or_else(PoisonError::into_inner) = Some(reloaded.weights);
                 self.facts.change(|facts| facts.weights = Some(reloaded.weights));
-                tracing::info!(slot = %self.slot, checkpoint = %target.checkpoint, weights = %reloaded.weights,
-                    stall_us = reloaded.stall_us, "Worker has the checkpoint.");
+                tracing::info!(slot = %self.slot, %checkpoint, weights = %reloaded.weights, stall_us = reloaded.stall_us,
+                    total_us = reloaded.total_us, from_changes = reloaded.from_changes, in_shadow = reloaded.in_shadow,
+                    "Worker has the checkpoint.");
                 Ok(())
             }
             Ok(Err(error)) => Err(with_causes(&error)),
