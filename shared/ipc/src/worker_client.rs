@@ -1,5 +1,6 @@
 //! The supervisor's end of the connection to a proof worker.
 
+use std::path::Path;
 use std::time::Duration;
 
 use grail_protocol::ids::WeightsHash;
