@@ -31,11 +31,12 @@ pub enum Outcome {
         weights: WeightsHash,
         rows: Vec<RowFacts>,
     },
-    /// `stall` is the time in which nothing could be proved.
+    /// `stall` is the time in which nothing could be proved, `total` that since the command.
     Reloaded {
         id: RequestId,
         weights: WeightsHash,
         stall: Duration,
+        total: Duration,
     },
     Failed {
         id: RequestId,
@@ -63,7 +64,7 @@ impl Known {
 enum Work {
     Prove { id: RequestId, job: ProveJob, outcomes: Outcomes },
     Verify { id: RequestId, job: VerifyJob, outcomes: Outcomes },
-    Install { id: RequestId, prover: Box<dyn Prover>, outcomes: Outcomes },
+    Install { id: RequestId, prover: Box<dyn Prover>, began: Instant, outcomes: Outcomes },
 }
 
 /// The handle of the computing thread; dropping it ends the thread after its current batch.
@@ -160,10 +161,11 @@ impl Compute {
         outcomes: Outcomes,
     ) -> Result<(), WorkerError> {
         let (loader, faults, work) = (Arc::clone(&self.loader), Arc::clone(&self.faults), self.work.clone());
+        let began = Instant::now();
         let load = move || {
             faults.pass(Point::Reload);
             match load_expected(&*loader, &folder, expected) {
-                Ok(prover) => drop(work.send(Work::Install { id, prover, outcomes })),
+                Ok(prover) => drop(work.send(Work::Install { id, prover, began, outcomes })),
                 Err(error) => drop(outcomes.send(Outcome::Failed { id, error })),
             }
         };
@@ -233,7 +235,7 @@ fn compute(mut prover: Box<dyn Prover>, inbox: &mpsc::Receiver<Work>, known: &Kn
                 let verified = verified.map(|rows| Outcome::Verified { id, weights: job.weights, rows });
                 (verified.unwrap_or_else(|error| failed(id, error)), outcomes)
             }
-            Work::Install { id, prover: other, outcomes } => {
+            Work::Install { id, prover: other, began, outcomes } => {
                 let started = Instant::now();
                 let weights = other.weights();
                 known.set_weights(weights);
@@ -241,7 +243,7 @@ fn compute(mut prover: Box<dyn Prover>, inbox: &mpsc::Receiver<Work>, known: &Kn
                 prover = other;
                 let stall = started.elapsed();
                 info!(%weights, ?stall, "Other weights are in place.");
-                (Outcome::Reloaded { id, weights, stall }, outcomes)
+                (Outcome::Reloaded { id, weights, stall, total: began.elapsed() }, outcomes)
             }
         };
         // Whoever asked may have gone meanwhile.

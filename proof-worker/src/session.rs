@@ -167,6 +167,16 @@ impl Session<'_> {
                 self.is_reloading = true;
                 self.open += 1;
             }
+            ToWorker::Stage(command) => {
+                // Nothing is made ready: a reload prepares for itself.
+                match self.accept(command.epoch).map(|()| self.compute.weights()) {
+                    Ok(Some(weights)) => {
+                        self.send(&FromWorker::Staged { id: command.id, epoch: self.epoch, weights })?
+                    }
+                    Ok(None) => return Err(WorkerError::Bug { detail: "no weights are loaded".to_owned() }),
+                    Err(error) => self.refuse(command.id, &error)?,
+                }
+            }
             ToWorker::Ping { id } => {
                 let pong = FromWorker::Pong(self.pong(id));
                 match self.faults.reach(Point::Ping) {
@@ -221,10 +231,18 @@ impl Session<'_> {
                 let rows = rows.iter().map(RowFacts::to_message).collect();
                 next = self.reply(FromWorker::Verified(Verified { id, epoch, weights, rows })).await?;
             }
-            Outcome::Reloaded { id, weights, stall } => {
+            Outcome::Reloaded { id, weights, stall, total } => {
                 self.is_reloading = false;
-                let stall_us = u64::try_from(stall.as_micros()).unwrap_or(u64::MAX);
-                self.send(&FromWorker::Reloaded(Reloaded { id, epoch, weights, stall_us }))?;
+                let reloaded = Reloaded {
+                    id,
+                    epoch,
+                    weights,
+                    stall_us: microseconds(stall),
+                    total_us: microseconds(total),
+                    from_changes: false,
+                    in_shadow: true,
+                };
+                self.send(&FromWorker::Reloaded(reloaded))?;
             }
             Outcome::Failed { id, error } => {
                 if matches!(error, ComputeError::Reload { .. }) {
@@ -332,6 +350,10 @@ impl Session<'_> {
 fn bad_request(error: &grail_ipc::jobs::ShapeError) -> ComputeError {
     let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
     ComputeError::BadRequest { detail: format!("{error}{source}") }
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Second field of `/proc/self/statm`, in pages.

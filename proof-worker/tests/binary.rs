@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use grail_ipc::jobs::{ProveJob, RowJob, VerifyJob};
+use grail_ipc::jobs::{ProveJob, ReloadOrder, RowJob, VerifyJob};
 use grail_ipc::messages::{Epoch, SlotId};
 use grail_ipc::socket::RuntimeFolder;
 use grail_ipc::{Expected, RequestError, Token, WorkerClient};
@@ -295,11 +295,11 @@ async fn a_worker_proves_verifies_reloads_and_ends_with_its_supervisor() {
     assert!(matches!(client.prove(&wrong).await, Err(RequestError::Failed(failed)) if failed.code == "wrong_weights"));
 
     let other = grail_model::weights_hash_of_dir(&model(OTHER_MODEL)).unwrap();
-    let (checkpoint, folder) = (CheckpointWindow(30), model(OTHER_MODEL));
-    let refused = client.reload(checkpoint, &folder, weights).await.unwrap_err();
+    let order = |weights| ReloadOrder::from_folder(CheckpointWindow(30), model(OTHER_MODEL), weights);
+    let refused = client.reload(&order(weights)).await.unwrap_err();
     assert!(matches!(&refused, RequestError::Failed(failed) if failed.code == "reload_failed"), "{refused}");
     assert_eq!(client.prove(&job).await.unwrap().members, proof.members, "the old weights stay");
-    assert_eq!(client.reload(checkpoint, &folder, other).await.unwrap().weights, other);
+    assert_eq!(client.reload(&order(other)).await.unwrap().weights, other);
     let rolled = client.prove(&ProveJob { weights: other, ..job.clone() }).await.unwrap();
     assert_ne!(rolled.members, proof.members);
     assert!(client.prove(&job).await.is_err());

@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use grail_ipc::jobs::{GroupProof, ProveJob};
+use grail_ipc::jobs::{GroupProof, ProveJob, ReloadOrder};
 use grail_ipc::messages::{Epoch, Severity, SlotId};
 use grail_ipc::socket::RuntimeFolder;
 use grail_ipc::{Expected, HandshakeError, LostConnection, RequestError, Token, WorkerClient};
@@ -123,7 +123,7 @@ async fn prove(client: &WorkerClient) -> Result<GroupProof, RequestError> {
 
 async fn reload(client: &WorkerClient) -> Result<(), RequestError> {
     let weights = grail_model::weights_hash_of_dir(&model(OTHER_MODEL)).unwrap();
-    client.reload(CheckpointWindow(30), &model(OTHER_MODEL), weights).await.map(drop)
+    client.reload(&ReloadOrder::from_folder(CheckpointWindow(30), model(OTHER_MODEL), weights)).await.map(drop)
 }
 
 /// Leads a worker past every point; an error where it was lost on the way.

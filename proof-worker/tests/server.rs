@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
-use grail_ipc::jobs::{GroupProof, MemberProof, ProveJob, RowFacts, RowJob, VerifyJob};
+use grail_ipc::jobs::{GroupProof, MemberProof, ProveJob, ReloadOrder, RowFacts, RowJob, VerifyJob};
 use grail_ipc::messages::{Epoch, Failed, Severity, SlotId};
 use grail_ipc::socket::RuntimeFolder;
 use grail_ipc::{Expected, LostConnection, RequestError, Token, WorkerClient};
@@ -122,6 +122,10 @@ fn facts(row: &RowJob) -> RowFacts {
         eos_probability: 0.25,
         chosen_probabilities: vec![0.5; row.completion_tokens()],
     }
+}
+
+fn order(folder: &str) -> ReloadOrder {
+    ReloadOrder::from_folder(CheckpointWindow(60), folder, NEW)
 }
 
 fn job(group: i64) -> ProveJob {
@@ -320,15 +324,15 @@ async fn a_reload_swaps_the_weights_while_the_old_ones_prove() {
     let server = Server::start("weights-1", false);
     let client = server.client().await;
     let open = server.puppets.gate("weights-2");
-    let checkpoint = CheckpointWindow(60);
     let during = async {
         // Loading waits for its gate; proving does not.
         client.prove(&job(0)).await.unwrap();
-        let second = client.reload(checkpoint, Path::new("weights-2"), NEW).await.unwrap_err();
+        let second = client.reload(&order("weights-2")).await.unwrap_err();
         assert_eq!(failure(second), ("reload_failed".to_owned(), Severity::Retryable));
         open.send(()).unwrap();
     };
-    let (reloaded, ()) = tokio::join!(client.reload(checkpoint, Path::new("weights-2"), NEW), during);
+    let order = order("weights-2");
+    let (reloaded, ()) = tokio::join!(client.reload(&order), during);
     assert_eq!(reloaded.unwrap().weights, NEW);
     assert_eq!(failure(client.prove(&job(1)).await.unwrap_err()).0, "wrong_weights");
     client.prove(&ProveJob { weights: NEW, ..job(1) }).await.unwrap();
@@ -345,12 +349,12 @@ async fn a_reload_that_fails_keeps_the_old_weights() {
         ("weights-7", "folder weights-7 holds weights 00000000000000000000000000000007, the command names"),
         ("nowhere", "folder nowhere does not exist; the old weights stay"),
     ] {
-        let error = client.reload(CheckpointWindow(60), Path::new(folder), NEW).await.unwrap_err();
+        let error = client.reload(&order(folder)).await.unwrap_err();
         assert!(error.to_string().contains(text), "{error}");
         assert_eq!(failure(error), ("reload_failed".to_owned(), Severity::Retryable));
         client.prove(&job(0)).await.unwrap();
     }
-    client.reload(CheckpointWindow(60), Path::new("weights-2"), NEW).await.expect("a later one may succeed");
+    client.reload(&order("weights-2")).await.expect("a later one may succeed");
     drop(client);
     server.end().await.unwrap();
 }

@@ -271,7 +271,15 @@ impl WorkerLink for SimLink {
             // Between two groups.
             let _turn = self.compute.lock().await;
             *self.weights.lock().unwrap() = target.weights;
-            Ok(Reloaded { id: RequestId(0), epoch: self.hello.epoch, weights: target.weights, stall_us: 0 })
+            Ok(Reloaded {
+                id: RequestId(0),
+                epoch: self.hello.epoch,
+                weights: target.weights,
+                stall_us: 0,
+                total_us: 0,
+                from_changes: false,
+                in_shadow: true,
+            })
         };
         async move { self.unless_gone(reload).await }.boxed()
     }
