@@ -10,7 +10,7 @@ use grail_protocol::randomness::ChallengeRandomness;
 use grail_telemetry::{Format, Options};
 
 use crate::cli::{
-    self, Cli, Command, ConfigArgs, LocalDevice, MineArgs, SlotArgs, StateArgs, StatusArgs, StopArgs, VerifyArgs,
+    self, Cli, Command, ConfigArgs, LocalDevice, MineArgs, ReloadArgs, SlotArgs, StateArgs, StatusArgs, StopArgs, VerifyArgs,
 };
 use crate::commands::control::{self, Form, Wait, Whereabouts};
 use crate::commands::local::LocalSettings;
@@ -46,6 +46,7 @@ pub fn run() -> ExitCode {
         Command::Drain(args) => slot_command(args, SlotCommand::Drain, &inputs(args.state.flag_values())),
         Command::Quarantine(args) => slot_command(args, SlotCommand::Quarantine, &inputs(args.state.flag_values())),
         Command::Release(args) => slot_command(args, SlotCommand::Release, &inputs(args.state.flag_values())),
+        Command::ReloadCheckpoint(args) => reload_command(args, &inputs(args.state.flag_values())),
         Command::Stop(args) => stop_command(args, &inputs(args.state.flag_values())),
         Command::Config(args) => config_command(args, &inputs(Vec::new())),
         Command::Completions(args) => print(&cli::completions(args.shell)),
@@ -130,6 +131,7 @@ fn local_settings(args: &MineArgs, config: &Config, pins: Vec<SlotPin>) -> Local
         server_timeout: generation.server_timeout.value,
         shutdown_limit: limits.shutdown_timeout.value,
         keep_windows: config.folders.keep_windows.value,
+        keep_checkpoints: config.folders.keep_checkpoints,
         record: args.record.clone(),
     }
 }
@@ -226,6 +228,11 @@ fn status_command(args: &StatusArgs, inputs: &Inputs) -> ExitCode {
 fn slot_command(args: &SlotArgs, command: SlotCommand, inputs: &Inputs) -> ExitCode {
     let (slot, form) = (SlotId(args.slot), form(args.json));
     operate(&args.state, inputs, async |whereabouts| control::slot(&whereabouts, slot, command, form).await)
+}
+
+fn reload_command(args: &ReloadArgs, inputs: &Inputs) -> ExitCode {
+    let (slot, form) = (args.slot.map(SlotId), form(args.json));
+    operate(&args.state, inputs, async |whereabouts| control::reload_checkpoint(&whereabouts, slot, form).await)
 }
 
 fn stop_command(args: &StopArgs, inputs: &Inputs) -> ExitCode {

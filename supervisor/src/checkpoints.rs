@@ -1,14 +1,22 @@
 //! Which checkpoint a window must be mined with, brought into a local folder with everything the supervisor reads from it.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use grail_checkpoint::retention::RetentionLimits;
 use grail_checkpoint::{
-    CheckpointCache, CheckpointStore, ChooseError, InstallError, Installed, MiningPolicy, StoreError,
+    CheckpointCache, CheckpointStore, ChooseError, InstallError, Installed, Listing, MiningPolicy, StoreError, Wanted,
 };
+use grail_ipc::messages::ChangeSet;
+use grail_process::with_causes;
 use grail_protocol::ids::{CheckpointWindow, TokenId, WindowStart};
 use grail_text::{ChatTemplate, Tokenizer};
 use serde::Deserialize;
+use tokio::sync::watch;
 
 /// Limit that the reference assumes when a model's config has none.
 const DEFAULT_MAX_POSITIONS: usize = 16_384;
@@ -93,47 +101,151 @@ pub struct ReadyCheckpoint {
     /// Goes into every commit: the metadata's model name, or the folder.
     pub model_name: String,
     pub files: CheckpointFiles,
+    /// The ways to its weights from those of earlier checkpoints, oldest first.
+    pub changes: Vec<ChangeSet>,
 }
 
-/// Resolves and installs checkpoints, and remembers the newest one.
+/// Checkpoints that are remembered with all that was read of them.
+const REMEMBERED: usize = 4;
+
+/// Resolves and installs checkpoints, ahead of their windows where it can. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub struct Checkpoints(Arc<Service>);
+
 #[derive(Debug)]
-pub struct Checkpoints {
+struct Service {
     store: CheckpointStore,
     cache: CheckpointCache,
-    ready: Option<Arc<ReadyCheckpoint>>,
+    retention: RetentionLimits,
+    /// One installation at a time: they share disk and network, and one is often the base of the next.
+    turn: tokio::sync::Mutex<()>,
+    known: Mutex<Known>,
+    /// What a window waits for.
+    demanded: watch::Sender<Option<CheckpointWindow>>,
+    /// The last complete listing.
+    listing: watch::Sender<Option<Arc<Listing>>>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    ready: BTreeMap<CheckpointWindow, Arc<ReadyCheckpoint>>,
+    /// The one that is mined with.
+    active: Option<CheckpointWindow>,
 }
 
 impl Checkpoints {
-    /// From the trainer's `store` into `cache`.
+    /// From the trainer's `store` into `cache`, which keeps as much as `retention` says.
     #[must_use]
-    pub fn new(store: CheckpointStore, cache: CheckpointCache) -> Self {
-        Self { store, cache, ready: None }
+    pub fn new(store: CheckpointStore, cache: CheckpointCache, retention: RetentionLimits) -> Self {
+        let (demanded, _) = watch::channel(None);
+        let (listing, _) = watch::channel(None);
+        let (turn, known) = (tokio::sync::Mutex::default(), Mutex::default());
+        Self(Arc::new(Service { store, cache, retention, turn, known, demanded, listing }))
     }
 
     /// The checkpoint that `window` must be mined with, by a fresh and complete listing.
     ///
     /// # Errors
     /// [`CheckpointError`]: the window must not be mined.
-    pub async fn for_window(&mut self, window: WindowStart) -> Result<Arc<ReadyCheckpoint>, CheckpointError> {
-        let checkpoint = self.store.choose(window).await?.checkpoint;
-        if let Some(ready) = self.ready.as_ref().filter(|ready| ready.installed.window == checkpoint) {
+    pub async fn for_window(&self, window: WindowStart) -> Result<Arc<ReadyCheckpoint>, CheckpointError> {
+        let listing = self.list().await?;
+        let checkpoint = self.0.store.choose_from(&listing, window)?.checkpoint;
+        // What is fetched ahead of its time makes room.
+        self.0.demanded.send_replace(Some(checkpoint));
+        self.obtain(checkpoint).await
+    }
+
+    /// A fresh listing, which whoever looks out for another answer of the rule gets too.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Choose`]: nothing is known of what the store holds.
+    pub async fn list(&self) -> Result<Arc<Listing>, CheckpointError> {
+        let listing = Arc::new(self.0.store.list().await.map_err(ChooseError::from)?);
+        self.0.listing.send_replace(Some(listing.clone()));
+        Ok(listing)
+    }
+
+    /// Installs a checkpoint, unless it is there, and reads its files.
+    ///
+    /// # Errors
+    /// [`CheckpointError`].
+    pub async fn obtain(&self, checkpoint: CheckpointWindow) -> Result<Arc<ReadyCheckpoint>, CheckpointError> {
+        let _turn = self.0.turn.lock().await;
+        if let Some(ready) = self.known().ready.get(&checkpoint) {
             return Ok(ready.clone());
         }
         let ready = Arc::new(self.prepare(checkpoint).await?);
-        self.ready = Some(ready.clone());
+        let mut known = self.known();
+        known.ready.insert(checkpoint, ready.clone());
+        while known.ready.len() > REMEMBERED {
+            let active = known.active;
+            let oldest = known.ready.keys().copied().find(|window| Some(*window) != active && *window != checkpoint);
+            let Some(oldest) = oldest else { break };
+            known.ready.remove(&oldest);
+        }
         Ok(ready)
     }
 
+    /// Ends when a window begins, from now on, to wait for another checkpoint than `checkpoint`.
+    pub fn other_demanded(&self, checkpoint: CheckpointWindow) -> impl Future<Output = ()> + Send + use<> {
+        let mut demanded = self.0.demanded.subscribe();
+        async move {
+            while demanded.changed().await.is_ok() {
+                if demanded.borrow_and_update().is_some_and(|demanded| demanded != checkpoint) {
+                    return;
+                }
+            }
+            std::future::pending().await
+        }
+    }
+
+    /// The checkpoint that is mined with.
+    #[must_use]
+    pub fn active(&self) -> Option<CheckpointWindow> {
+        self.known().active
+    }
+
+    /// Notes what is mined with from now on, and removes from the cache what nobody needs.
+    pub async fn activate(&self, checkpoint: CheckpointWindow) {
+        let in_use = {
+            let mut known = self.known();
+            known.active = Some(checkpoint);
+            known.in_use()
+        };
+        match self.0.cache.prune(&in_use, &self.0.retention).await {
+            Ok(pruned) if pruned.is_empty() => {}
+            Ok(pruned) => {
+                let windows: Vec<String> = pruned.iter().map(|pruned| pruned.window.to_string()).collect();
+                tracing::info!(checkpoints = windows.join(", "), "Removed old checkpoints from the cache.");
+            }
+            Err(error) => tracing::warn!(error = with_causes(&error), "Old checkpoints could not be removed."),
+        }
+    }
+
+    /// The checkpoint that is mined with, and the others whose folders must stay.
+    #[must_use]
+    pub fn in_use(&self) -> BTreeSet<CheckpointWindow> {
+        self.known().in_use()
+    }
+
+    /// Looks out for another answer of the rule for `window`, which is mined with `checkpoint`.
+    #[must_use]
+    pub fn rule(&self, window: WindowStart, checkpoint: CheckpointWindow) -> Arc<dyn CheckpointRule> {
+        Arc::new(Lookout { checkpoints: self.clone(), window, checkpoint })
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn prepare(&self, checkpoint: CheckpointWindow) -> Result<ReadyCheckpoint, CheckpointError> {
-        let published = self
-            .store
-            .published(checkpoint)
-            .await
-            .map_err(|source| CheckpointError::Metadata { checkpoint, source })?;
+        let Service { store, cache, .. } = &*self.0;
+        let published =
+            store.published(checkpoint).await.map_err(|source| CheckpointError::Metadata { checkpoint, source })?;
         let policy = published.policy().map_err(|source| CheckpointError::Policy { checkpoint, source })?.clone();
-        let installed = self
-            .cache
-            .install(&self.store, &published)
+        let wanted = Wanted { prefer_base: self.known().active, ..Wanted::default() };
+        let installed = cache
+            .install(store, &published, &wanted)
             .await
             .map_err(|source| CheckpointError::Install { checkpoint, source })?;
         let folder = installed.folder.clone();
@@ -143,6 +255,96 @@ impl Checkpoints {
             .map_err(|source| CheckpointError::Files { checkpoint, source })?;
         let model_name =
             installed.metadata.model_name.clone().unwrap_or_else(|| installed.folder.to_string_lossy().into_owned());
-        Ok(ReadyCheckpoint { installed, policy, model_name, files })
+        let changes = self.known().ways_to(&installed);
+        Ok(ReadyCheckpoint { installed, policy, model_name, files, changes })
+    }
+}
+
+impl Known {
+    /// The active checkpoint, what it was made from, and what was fetched ahead.
+    fn in_use(&self) -> BTreeSet<CheckpointWindow> {
+        let active = self.active.and_then(|active| self.ready.get(&active));
+        let base = active.and_then(|active| active.installed.changes.as_ref()).map(|changes| changes.base_window);
+        let ahead = self.ready.keys().copied().filter(|window| Some(*window) > self.active);
+        ahead.chain(self.active).chain(base).collect()
+    }
+
+    /// The change sets that lead to `installed`, through the checkpoints that are remembered.
+    fn ways_to(&self, installed: &Installed) -> Vec<ChangeSet> {
+        let mut ways: Vec<ChangeSet> = Vec::new();
+        let mut step = installed.changes.as_ref().map(|changes| (changes, installed.weights_hash));
+        while let Some((changes, weights)) = step {
+            let file = changes.file.to_string_lossy().into_owned();
+            ways.push(ChangeSet { base: changes.base, weights, file });
+            let before = self.ready.get(&changes.base_window).map(|before| &before.installed);
+            let before = before.filter(|before| before.weights_hash == changes.base && ways.len() < REMEMBERED);
+            step = before.and_then(|before| Some((before.changes.as_ref()?, before.weights_hash)));
+        }
+        ways.reverse();
+        ways
+    }
+}
+
+/// What becomes of a window's answer while the window is mined.
+pub trait CheckpointRule: Send + Sync + std::fmt::Debug {
+    /// Waits until the rule names another checkpoint.
+    fn other(&self) -> BoxFuture<'_, CheckpointWindow>;
+
+    /// The other checkpoint that the rule names now, if it does: the last look before an upload.
+    fn look(&self) -> BoxFuture<'_, Option<CheckpointWindow>>;
+}
+
+/// A READY marker may appear after its window has ended, and validators evaluate the rule later than we did.
+#[derive(Debug)]
+struct Lookout {
+    checkpoints: Checkpoints,
+    window: WindowStart,
+    checkpoint: CheckpointWindow,
+}
+
+/// The upload does not wait longer for the last look.
+const LAST_LOOK_LIMIT: Duration = Duration::from_secs(5);
+
+impl Lookout {
+    /// The answer of a complete listing, if it is another one.
+    fn other_in(&self, listing: &Listing) -> Option<CheckpointWindow> {
+        let choice = listing.resolve(self.window)?;
+        (choice.checkpoint != self.checkpoint).then_some(choice.checkpoint)
+    }
+}
+
+impl CheckpointRule for Lookout {
+    fn other(&self) -> BoxFuture<'_, CheckpointWindow> {
+        async move {
+            let mut listings = self.checkpoints.0.listing.subscribe();
+            loop {
+                let other = listings.borrow_and_update().as_ref().and_then(|listing| self.other_in(listing));
+                if let Some(other) = other {
+                    return other;
+                }
+                if listings.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        }
+        .boxed()
+    }
+
+    fn look(&self) -> BoxFuture<'_, Option<CheckpointWindow>> {
+        async move {
+            match tokio::time::timeout(LAST_LOOK_LIMIT, self.checkpoints.list()).await {
+                Ok(Ok(listing)) => self.other_in(&listing),
+                // The answer of a complete listing from within the window stands.
+                Ok(Err(error)) => {
+                    tracing::warn!(window = %self.window, error = with_causes(&error), "No last look at the checkpoints.");
+                    None
+                }
+                Err(_) => {
+                    tracing::warn!(window = %self.window, limit = ?LAST_LOOK_LIMIT, "No last look at the checkpoints.");
+                    None
+                }
+            }
+        }
+        .boxed()
     }
 }

@@ -94,6 +94,14 @@ pub enum Command {
     #[command(long_about = "Uses a slot again that was drained or quarantined, by an operator or for its deaths.")]
     Release(SlotArgs),
 
+    /// Have workers and generation server read the present checkpoint again.
+    #[command(
+        long_about = "Has the proof worker of SLOT, or without SLOT all workers and the generation server, read the present \
+                            checkpoint from its folder again, one after the other. Each proves that it has the weights before \
+                            it gets work."
+    )]
+    ReloadCheckpoint(ReloadArgs),
+
     /// Tell the running supervisor to stop, and wait until it is gone.
     #[command(
         long_about = "Tells the running supervisor to stop, and waits until it is gone, naming on standard error what it \
@@ -255,6 +263,21 @@ pub struct SlotArgs {
     pub json: bool,
 }
 
+/// Options of `reload-checkpoint`.
+#[derive(Debug, Clone, Args)]
+pub struct ReloadArgs {
+    /// Number of one slot, counted from 0 as `status` shows it; all and the generation server without it.
+    #[arg(value_name = "SLOT")]
+    pub slot: Option<u32>,
+
+    #[command(flatten)]
+    pub state: StateArgs,
+
+    /// Print one JSON document instead of a sentence.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Options of `stop`.
 #[derive(Debug, Clone, Args)]
 pub struct StopArgs {
@@ -377,7 +400,7 @@ mod tests {
     #[test]
     fn help_texts() {
         insta::assert_snapshot!("help", long_help(&[]));
-        for name in ["mine", "verify", "status", "restart", "stop", "config", "completions", "man"] {
+        for name in ["mine", "verify", "status", "restart", "reload-checkpoint", "stop", "config", "completions", "man"] {
             insta::assert_snapshot!(format!("help_{name}"), long_help(&[name]));
         }
     }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use grail_process::with_causes;
 use grail_protocol::constants::ROLLOUTS_PER_PROBLEM;
 use grail_protocol::gate::TimeGate;
-use grail_protocol::ids::{BlockNumber, GroupIndex, WindowStart};
+use grail_protocol::ids::{BlockNumber, CheckpointWindow, GroupIndex, WindowStart};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -21,7 +21,7 @@ use crate::group::{self, Dropped, WindowParts};
 use crate::journal::{Event, Journal};
 use crate::proofs::ProofError;
 use crate::seal::{self, SealError, Sealed};
-use crate::spool::{Spool, SpoolError, SpoolHeader, SpooledGroup};
+use crate::spool::{self, Recovered, Spool, SpoolError, SpoolHeader, SpooledGroup};
 use crate::store::{self, UploadError, WindowStore};
 
 /// Bounds of a window that do not come from the protocol.
@@ -93,6 +93,11 @@ pub enum Outcome {
         groups: usize,
         reason: String,
     },
+    /// The rule names another checkpoint than the one that the groups were made with; they are set aside.
+    Superseded {
+        by: CheckpointWindow,
+        groups: usize,
+    },
 }
 
 /// A window that could not be run to its end.
@@ -129,6 +134,8 @@ struct Running {
     estimated_bytes: u64,
     tasks: JoinSet<Finished>,
     given_up: Option<GivenUp>,
+    /// The checkpoint that the rule names instead.
+    superseded: Option<CheckpointWindow>,
     /// Groups that were dropped since the last one that was spooled.
     dropped_in_a_row: usize,
     /// No group is admitted before: a cause that drops every group must not burn indexes as fast as it can.
@@ -168,6 +175,13 @@ impl Engine {
         }
         let filled = self.fill(&mut running, stop, fleet).await;
         let given_up = running.given_up.take();
+        if running.superseded.is_none() && !running.groups.is_empty() {
+            running.superseded = running.parts.rule.look().await;
+        }
+        if let Some(by) = running.superseded {
+            filled?;
+            return self.set_aside(running, by);
+        }
         // Whatever ended the window, what is spooled goes out first.
         let outcome = self.finish(running).await;
         // What ended it comes first: a disk that is full fails the spool before it fails the copy of the file.
@@ -193,7 +207,7 @@ impl Engine {
             use_drand: plan.use_drand,
             model_name: plan.model_name.clone(),
         };
-        let (spool, recovered) = Spool::open(&self.spool_dir, &header)?;
+        let (spool, recovered) = self.open_spool(&header)?;
         if let Some((bytes, kept)) = recovered.torn {
             tracing::warn!(window = %plan.window, bytes, kept = %kept.display(), "A torn record was cut off the spool.");
         }
@@ -226,9 +240,37 @@ impl Engine {
             estimated_bytes,
             tasks: JoinSet::new(),
             given_up: None,
+            superseded: None,
             dropped_in_a_row: 0,
             held_until: Instant::now(),
         })
+    }
+
+    /// Opens the window's spool. One that was begun with another checkpoint, before a late marker and a crash, is of no use.
+    fn open_spool(&self, header: &SpoolHeader) -> Result<(Spool, Recovered), SpoolError> {
+        let path = spool::path_of(&self.spool_dir, header.window);
+        if let Ok((Some(found), groups)) = spool::read(&path)
+            && found.window_hash == header.window_hash
+            && found.hotkey == header.hotkey
+            && (found.checkpoint, found.weights) != (header.checkpoint, header.weights)
+        {
+            let kept = spool::set_aside(&path)?;
+            tracing::warn!(window = %header.window, groups = groups.len(), made_with = %found.checkpoint,
+                demanded = %header.checkpoint, kept = %kept.display(),
+                "The spool was begun with another checkpoint than the rule names now; it is set aside.");
+        }
+        Spool::open(&self.spool_dir, header)
+    }
+
+    /// Rollouts of two checkpoints must never be in one file.
+    fn set_aside(&mut self, running: Running, by: CheckpointWindow) -> Result<Outcome, EngineError> {
+        let Running { parts, spool, groups, .. } = running;
+        let (window, groups) = (parts.plan.window, groups.len());
+        let kept = spool::set_aside(spool.path())?;
+        tracing::warn!(%window, groups, made_with = %parts.plan.checkpoint, demanded = %by, kept = %kept.display(),
+            "The rule names another checkpoint for this window; what was made is set aside, and the window begins anew.");
+        self.journal.record(Event::WindowRestarted { window, checkpoint: by, groups });
+        Ok(Outcome::Superseded { by, groups })
     }
 
     /// A crash may have come between the upload and its record. What is in the store already must not be put again: the later
@@ -261,6 +303,8 @@ impl Engine {
         fleet: impl Future<Output = Result<(), FleetError>>,
     ) -> Result<(), EngineError> {
         let mut fleet = std::pin::pin!(fleet);
+        let rule = running.parts.rule.clone();
+        let mut other = rule.other();
         let mut is_ready = false;
         let window = running.parts.plan.window;
         let stragglers = self.straggler_deadline(running.parts.plan.deadline);
@@ -281,6 +325,10 @@ impl Engine {
                 () = stop.now.cancelled() => return self.give_up_stragglers(running, "told to stop at once").await,
                 () = tokio::time::sleep_until(stragglers) => {
                     return self.give_up_stragglers(running, "the upload needs the time that is left").await;
+                }
+                by = &mut other => {
+                    running.superseded = Some(by);
+                    return self.give_up_stragglers(running, "the rule names another checkpoint").await;
                 }
                 () = stop.drain.cancelled(), if open => {}
                 ready = &mut fleet, if !is_ready => {

@@ -20,6 +20,7 @@ use grail_protocol::termination::CompletionEnd;
 use grail_protocol::{advantage, binding, hash, nonce, seed};
 use grail_text::{ChatTemplate, Tokenizer};
 
+use crate::checkpoints::CheckpointRule;
 use crate::clock::Clock;
 use crate::generation::{GenerationError, Generator, Sample};
 use crate::offload::Offload;
@@ -42,6 +43,8 @@ pub struct WindowParts {
     pub max_model_len: usize,
     pub generator: Arc<dyn Generator>,
     pub prover: Arc<dyn Prover>,
+    /// Says when the checkpoint turns out to be another one.
+    pub rule: Arc<dyn CheckpointRule>,
     pub signer: Arc<Keypair>,
     pub progress: Arc<Progress>,
     /// Where the inputs of groups are kept that kill workers.

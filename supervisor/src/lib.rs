@@ -23,6 +23,7 @@ pub mod leftovers;
 pub mod miner;
 pub mod offload;
 pub mod plan;
+pub mod prefetch;
 pub mod progress;
 pub mod proofs;
 pub mod record;

@@ -135,7 +135,8 @@ impl Miner {
                 }
             };
             failed = None;
-            done = Some(window);
+            let before = done.replace(window);
+            self.checkpoints.activate(checkpoint.installed.window).await;
             let fleet = self.fleet.roll(&checkpoint);
             let outcome = match self.engine.run_window(parts, &stop, fleet).await {
                 Err(EngineError::Spool(error @ SpoolError::OtherWindow { .. })) => {
@@ -152,6 +153,8 @@ impl Miner {
                     summary.skipped += 1;
                 }
                 Outcome::Lost { .. } => summary.lost += 1,
+                // The same window once more, with the checkpoint that is its own.
+                Outcome::Superseded { .. } => done = before,
             }
         }
         self.give_up(failed, &mut summary);
@@ -243,6 +246,7 @@ impl Miner {
         generator: Arc<dyn Generator>,
     ) -> WindowParts {
         let prover = self.recording.of_window(&plan, self.fleet.prover());
+        let rule = self.checkpoints.rule(plan.window, plan.checkpoint);
         WindowParts {
             plan,
             environment,
@@ -254,6 +258,7 @@ impl Miner {
             max_model_len: self.fleet.max_model_len(&checkpoint.files) as usize,
             generator,
             prover,
+            rule,
             signer: self.signer.clone(),
             progress: self.progress.clone(),
             clock: self.engine.clock.clone(),

@@ -264,6 +264,19 @@ pub fn path_of(folder: &Path, window: WindowStart) -> PathBuf {
     folder.join(format!("window-{window}.spool"))
 }
 
+/// Gives a spool a name under which nobody takes it for the window's, and returns it: its groups were made with a checkpoint
+/// that is not the window's. It is kept for inspection and cleaned by age; the newest of a window stays.
+///
+/// # Errors
+/// If it cannot be renamed.
+pub fn set_aside(path: &Path) -> Result<PathBuf, SpoolError> {
+    let kept = path.with_extension("aside");
+    let io = |source| SpoolError::Io { action: "set aside", path: path.to_owned(), source };
+    std::fs::rename(path, &kept).map_err(io)?;
+    durable::sync_folder(path.parent().unwrap_or(path)).map_err(io)?;
+    Ok(kept)
+}
+
 #[derive(Debug, Default)]
 struct Parsed {
     header: Option<SpoolHeader>,

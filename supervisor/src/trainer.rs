@@ -1,10 +1,12 @@
-//! The trainer of the embedded default: publishes the first demo checkpoint before the first window and the second one
-//! during it, as the real trainer would through the bucket.
+//! The trainer of the embedded default: publishes the first demo checkpoint before the first window and the second one, as a
+//! DELTA, during it, as the real trainer would through the bucket.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use grail_checkpoint::{CheckpointStore, MetadataInput, PublishError, publish_full, ready};
+use grail_checkpoint::{
+    CheckpointStore, DeltaFormat, DeltaInput, MetadataInput, PublishError, publish_delta, publish_full, ready,
+};
 use grail_protocol::constants::WINDOW_LENGTH;
 use grail_protocol::ids::{BlockNumber, CheckpointWindow, WindowStart};
 
@@ -13,6 +15,8 @@ use crate::demo::Demo;
 
 /// First window that the local chain reaches.
 pub const FIRST_WINDOW: u64 = 3_000;
+/// The checkpoint of the first window.
+const FIRST_CHECKPOINT: CheckpointWindow = CheckpointWindow(FIRST_WINDOW - 60);
 /// The second checkpoint appears this many blocks into the first window.
 const SECOND_AFTER_BLOCKS: u64 = 5;
 
@@ -41,11 +45,18 @@ impl LocalTrainer {
     /// # Errors
     /// [`TrainerError`].
     pub async fn publish_first(&self) -> Result<(), TrainerError> {
-        let (checkpoint, ready) = (CheckpointWindow(FIRST_WINDOW - 60), FIRST_WINDOW - 30);
-        self.publish_once(checkpoint, &self.demo.first, ready).await
+        let (checkpoint, ready) = (FIRST_CHECKPOINT, FIRST_WINDOW - 30);
+        if self.is_published(checkpoint).await? {
+            return Ok(());
+        }
+        publish_full(&self.store, checkpoint, &self.demo.first, &self.input(checkpoint), ready)
+            .await
+            .map_err(|source| TrainerError::Publish { checkpoint, source })?;
+        tracing::info!(%checkpoint, ready, "The local trainer published a FULL checkpoint.");
+        Ok(())
     }
 
-    /// The checkpoint of the second window: waits for its block, then publishes it.
+    /// The checkpoint of the second window, as a DELTA of the first one's: waits for its block, then publishes it.
     ///
     /// # Errors
     /// [`TrainerError`].
@@ -55,24 +66,38 @@ impl LocalTrainer {
             let head = chain.head().await?;
             if head.block >= due {
                 let ready = WindowStart::containing(head.block).block().0;
-                return self.publish_once(CheckpointWindow(FIRST_WINDOW), &self.demo.second, ready).await;
+                return self.publish_delta(CheckpointWindow(FIRST_WINDOW), ready).await;
             }
             tokio::time::sleep(chain.nominal_block_time().max(Duration::from_millis(20))).await;
         }
     }
 
-    async fn publish_once(
-        &self,
-        checkpoint: CheckpointWindow,
-        folder: &std::path::Path,
-        ready: u64,
-    ) -> Result<(), TrainerError> {
-        let listing = self.store.list().await.map_err(TrainerError::List)?;
-        if ready::markers(listing.keys()).any(|marker| marker.checkpoint == checkpoint) {
+    async fn publish_delta(&self, checkpoint: CheckpointWindow, ready: u64) -> Result<(), TrainerError> {
+        if self.is_published(checkpoint).await? {
             return Ok(());
         }
+        let delta = DeltaInput {
+            base: FIRST_CHECKPOINT,
+            base_folder: self.demo.first.clone(),
+            folder: self.demo.second.clone(),
+            format: DeltaFormat::V31,
+        };
+        let published = publish_delta(&self.store, checkpoint, &delta, &self.input(checkpoint), ready)
+            .await
+            .map_err(|source| TrainerError::Publish { checkpoint, source })?;
+        tracing::info!(%checkpoint, base = %FIRST_CHECKPOINT, ready, changed = published.changed,
+            elements = published.elements, bytes = published.bytes, "The local trainer published a DELTA checkpoint.");
+        Ok(())
+    }
+
+    async fn is_published(&self, checkpoint: CheckpointWindow) -> Result<bool, TrainerError> {
+        let listing = self.store.list().await.map_err(TrainerError::List)?;
+        Ok(ready::markers(listing.keys()).any(|marker| marker.checkpoint == checkpoint))
+    }
+
+    fn input(&self, checkpoint: CheckpointWindow) -> MetadataInput {
         let created_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-        let input = MetadataInput {
+        MetadataInput {
             model_name: self.demo.metadata.model_name.clone(),
             env_id: self.demo.metadata.env_id.clone(),
             env_params: self.demo.metadata.env_params.clone(),
@@ -82,11 +107,6 @@ impl LocalTrainer {
             training_config: serde_json::Map::new(),
             git_commit: env!("CARGO_PKG_VERSION").to_owned(),
             created_at,
-        };
-        publish_full(&self.store, checkpoint, folder, &input, ready)
-            .await
-            .map_err(|source| TrainerError::Publish { checkpoint, source })?;
-        tracing::info!(%checkpoint, ready, "The local trainer published a checkpoint.");
-        Ok(())
+        }
     }
 }

@@ -264,6 +264,14 @@ impl CheckpointStore {
     /// [`ChooseError::NoneReady`] if the rule has no answer; [`ChooseError::Store`] if it could not be evaluated.
     pub async fn choose(&self, window: WindowStart) -> Result<Choice, ChooseError> {
         let listing = self.list().await?;
+        self.choose_from(&listing, window)
+    }
+
+    /// The checkpoint that `window` must be mined with, by a listing of this store.
+    ///
+    /// # Errors
+    /// [`ChooseError::NoneReady`].
+    pub fn choose_from(&self, listing: &Listing, window: WindowStart) -> Result<Choice, ChooseError> {
         let none = || ChooseError::NoneReady { store: self.store.to_string(), window, objects: listing.len() };
         listing.resolve(window).ok_or_else(none)
     }

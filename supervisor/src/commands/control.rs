@@ -71,6 +71,24 @@ pub async fn slot(
     }
 }
 
+/// Has one worker, or all and the generation server, read the present checkpoint again.
+///
+/// # Errors
+/// [`CommandError::Refused`] with the supervisor's reason, or why it is not reached.
+pub async fn reload_checkpoint(
+    whereabouts: &Whereabouts,
+    slot: Option<SlotId>,
+    form: Form,
+) -> Result<String, CommandError> {
+    let mut reached = reach(whereabouts).await?;
+    reached.ask(Request::ReloadCheckpoint { slot }).await?;
+    let who = slot.map_or_else(|| "all slots and the generation server".to_owned(), |slot| format!("slot {slot}"));
+    match form {
+        Form::Text => Ok(format!("{who}: the order was taken; `grail-supervisor status` shows how it goes on\n")),
+        Form::Json => document(&json!({ "schema": SCHEMA, "slot": slot, "command": "reload-checkpoint", "accepted": true })),
+    }
+}
+
 /// Tells the supervisor to stop and, unless `wait` says otherwise, waits until it is gone, naming on standard error what it
 /// waits for.
 ///

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use grail_checkpoint::retention::RetentionLimits;
 use grail_checkpoint::{CheckpointCache, CheckpointStore};
 use grail_ipc::messages::Backend;
 use grail_process::cgroup::Delegation;
@@ -27,6 +28,7 @@ use crate::environments::EnvironmentSource;
 use crate::fleet::{Fleet, FleetSettings, ServerSettings, SlotLimits, SlotPin, WorkerSettings, sibling_program};
 use crate::journal::{Event, Journal};
 use crate::miner::Miner;
+use crate::prefetch::Prefetcher;
 use crate::progress::Progress;
 use crate::record::Recording;
 use crate::state::{StateDir, StateError};
@@ -61,6 +63,8 @@ pub struct LocalSettings {
     pub shutdown_limit: Duration,
     /// How long the files of a window that is over are kept.
     pub keep_windows: Duration,
+    /// What the cache of checkpoints keeps beside those in use.
+    pub keep_checkpoints: RetentionLimits,
     /// Where groups are recorded; unset = they are not.
     pub record: Option<PathBuf>,
 }
@@ -72,6 +76,7 @@ const BUILTIN_CONCURRENT: usize = 64;
 #[derive(Debug)]
 pub struct LocalWorld {
     pub miner: Miner,
+    pub prefetcher: Prefetcher,
     pub trainer: Option<LocalTrainer>,
     /// Events of the children, for the journal.
     pub events: mpsc::UnboundedReceiver<Event>,
@@ -131,10 +136,19 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
         clock,
         started,
     };
+    let cache = CheckpointCache::open(state.checkpoints())?;
+    let checkpoints = Checkpoints::new(checkpoint_store, cache, settings.keep_checkpoints);
+    let fleet = Fleet::new(fleet_settings(settings, delegation)?, notes.clone(), progress.clone());
+    let prefetcher = Prefetcher {
+        checkpoints: checkpoints.clone(),
+        chain: chain.clone(),
+        fleet: fleet.handle(),
+        journal: notes,
+    };
     let miner = Miner {
-        checkpoints: Checkpoints::new(checkpoint_store, CheckpointCache::open(state.checkpoints())?),
+        checkpoints,
         environments: EnvironmentSource::new(demo.dataset_rows),
-        fleet: Fleet::new(fleet_settings(settings, delegation)?, notes, progress.clone()),
+        fleet,
         signer: Arc::new(Keypair::from_uri(DEMO_HOTKEY_URI)?),
         progress: progress.clone(),
         state,
@@ -143,7 +157,7 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
         engine,
         recording: Recording::into_folder(settings.record.clone()),
     };
-    Ok(LocalWorld { miner, trainer, events, progress, started })
+    Ok(LocalWorld { miner, prefetcher, trainer, events, progress, started })
 }
 
 /// The directory store under `path`.

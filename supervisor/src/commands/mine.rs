@@ -44,7 +44,7 @@ pub async fn local(settings: &LocalSettings, windows: Option<usize>) -> Result<S
 
 async fn mine(settings: &LocalSettings, windows: Option<usize>, shutdown: &Shutdown) -> Result<Summary, CommandError> {
     let started_at = SystemTime::now();
-    let LocalWorld { mut miner, trainer, mut events, progress, started } = local::open(settings).await?;
+    let LocalWorld { mut miner, prefetcher, trainer, mut events, progress, started } = local::open(settings).await?;
     let facts = Arc::new(Facts {
         state_dir: miner.state.root().to_owned(),
         started_at,
@@ -61,6 +61,7 @@ async fn mine(settings: &LocalSettings, windows: Option<usize>, shutdown: &Shutd
     let hidden = CancellationToken::new();
     let display = tokio::spawn(progress::show(progress.clone(), started, hidden.clone()));
     let publishing = trainer.map(|trainer| tokio::spawn(publish(trainer, miner.chain.clone())));
+    let fetching = tokio::spawn(prefetcher.run());
     // The engine writes the journal; what the children report meanwhile goes through a writer of its own.
     let journal_of_children = miner.state.root().to_owned();
     let clock = miner.engine.clock.clone();
@@ -72,6 +73,9 @@ async fn mine(settings: &LocalSettings, windows: Option<usize>, shutdown: &Shutd
     });
 
     let result = miner.run(windows, stop).await;
+    // It holds an end of the journal's channel.
+    fetching.abort();
+    drop(fetching.await);
     hidden.cancel();
     drop(display.await);
     progress.enter_phase(Phase::Ending);

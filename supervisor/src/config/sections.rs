@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use grail_checkpoint::retention::RetentionLimits;
 use grail_telemetry::SecretString;
 
 use super::Mode;
@@ -330,6 +331,8 @@ pub struct Folders {
     pub runtime: Sourced<PathBuf>,
     /// How long the files of a window that is over are kept.
     pub keep_windows: Sourced<Duration>,
+    /// What the cache keeps beside the checkpoints in use.
+    pub keep_checkpoints: RetentionLimits,
 }
 
 impl Folders {
@@ -356,13 +359,25 @@ impl Folders {
         resolver.report_value("GRAIL_RUNTIME_DIR", runtime.value.display().to_string());
         let days = resolver.value("GRAIL_KEEP_WINDOWS_DAYS", integer::<u64>(1, 3_650), plainly);
         let keep_windows = days.map(|days| Duration::from_secs(days * SECONDS_PER_DAY));
-        Self { cache, state, runtime, keep_windows }
+        let keep_checkpoints = retention(resolver);
+        Self { cache, state, runtime, keep_windows, keep_checkpoints }
     }
 
     /// Cache of downloaded checkpoints.
     #[must_use]
     pub fn checkpoints(&self) -> PathBuf {
         self.cache.value.join("checkpoints")
+    }
+}
+
+fn retention(resolver: &mut Resolver) -> RetentionLimits {
+    let checkpoints = resolver.value("GRAIL_KEEP_CHECKPOINTS", integer::<u64>(1, 10_000), plainly).value;
+    let gib = resolver.value("GRAIL_KEEP_CHECKPOINTS_GIB", integer::<u64>(0, 1 << 20), plainly).value;
+    let days = resolver.value("GRAIL_KEEP_CHECKPOINTS_DAYS", integer::<u64>(1, 3_650), plainly).value;
+    RetentionLimits {
+        checkpoints: usize::try_from(checkpoints).unwrap_or(usize::MAX),
+        bytes: if gib == 0 { u64::MAX } else { gib << 30 },
+        max_age: Duration::from_secs(days * SECONDS_PER_DAY),
     }
 }
 

@@ -276,6 +276,13 @@ pub const SECTIONS: &[Section] = &[
                 "7",
                 "Days after which the spool, the file and the randomness of a window that is over are removed.",
             ),
+            with_default(
+                "GRAIL_KEEP_CHECKPOINTS",
+                "4",
+                "Checkpoints that the cache keeps, those in use among them, which always stay.",
+            ),
+            with_default("GRAIL_KEEP_CHECKPOINTS_GIB", "0", "Size above which the cache drops old checkpoints; 0 = none."),
+            with_default("GRAIL_KEEP_CHECKPOINTS_DAYS", "7", "Days after which a checkpoint that is not in use is removed."),
         ],
     },
     Section {

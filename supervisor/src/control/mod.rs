@@ -46,6 +46,10 @@ pub enum Request {
         slot: SlotId,
         command: SlotCommand,
     },
+    /// Read the present checkpoint again: one worker, or all and the generation server.
+    ReloadCheckpoint {
+        slot: Option<SlotId>,
+    },
     Stop {
         /// Give up what is not spooled yet.
         now: bool,
@@ -86,11 +90,12 @@ impl Facts {
             Request::Status => Ok(Answer::Status(Box::new(self.status()))),
             Request::Slot { slot, command } => {
                 tracing::info!(%slot, ?command, "An operator gives an order.");
-                let refused = |error: crate::fleet::SlotRefused| Refusal {
-                    kind: RefusalKind::Request,
-                    reason: error.to_string(),
-                };
                 self.fleet.command(slot, command).map_err(refused)?;
+                Ok(Answer::Accepted)
+            }
+            Request::ReloadCheckpoint { slot } => {
+                tracing::info!(?slot, "An operator has the checkpoint read again.");
+                self.fleet.read_anew(slot).map_err(refused)?;
                 Ok(Answer::Accepted)
             }
             Request::Stop { now } => {
@@ -130,6 +135,10 @@ impl Facts {
             + usize::from(self.fleet.server().is_some_and(|server| server.pid.is_some()));
         awaited(self.progress.phase(), &self.progress.snapshot(elapsed_ms(self.started)), children)
     }
+}
+
+fn refused(error: crate::fleet::SlotRefused) -> Refusal {
+    Refusal { kind: RefusalKind::Request, reason: error.to_string() }
 }
 
 /// Listens until it is closed or dropped; then the socket is gone.

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use grail_ipc::WorkerClient;
+use grail_ipc::messages::TensorChecksum;
 use grail_ipc::socket::{RuntimeFolder, SocketError};
 use grail_process::ExitCode;
 use grail_protocol::ids::WeightsHash;
@@ -88,9 +89,18 @@ struct Running {
     rolled: Option<WeightsHash>,
 }
 
-fn target_of(checkpoint: &ReadyCheckpoint) -> Target {
+/// The weights of a checkpoint and all ways to them.
+#[must_use]
+pub fn target_of(checkpoint: &ReadyCheckpoint) -> Target {
     let installed = &checkpoint.installed;
-    Target::from_folder(installed.window, installed.folder.clone(), installed.weights_hash)
+    let checksum = |(name, checksum): (&String, &u64)| TensorChecksum { name: name.clone(), checksum: *checksum };
+    Target {
+        checkpoint: installed.window,
+        folder: installed.folder.clone(),
+        weights: installed.weights_hash,
+        checksums: installed.checksums.iter().map(checksum).collect(),
+        changes: checkpoint.changes.clone(),
+    }
 }
 
 impl Fleet {

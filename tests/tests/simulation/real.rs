@@ -41,7 +41,7 @@ fn settings(faults: String, slots: u32, limits: SlotLimits) -> WorkerSettings {
 
 fn target(number: u64, folder: &Path) -> Target {
     let weights = WeightsFiles::open(folder).unwrap().hash().unwrap();
-    Target { checkpoint: checkpoint(window(number)), folder: folder.to_owned(), weights }
+    Target::from_folder(checkpoint(window(number)), folder.to_owned(), weights)
 }
 
 fn pace(seed: u64) -> Pace {

@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use grail_ipc::jobs::{GroupProof, MemberProof, ProveJob};
+use grail_ipc::jobs::{GroupProof, MemberProof, ProveJob, ReloadOrder, RowFacts, VerifyJob};
 use grail_ipc::messages::{Epoch, Failed, Hello, PROTOCOL_VERSION, Pong, Reloaded, RequestId, Severity, SlotId};
 use grail_ipc::{LostConnection, RequestError};
 use grail_process::cause::{DeathCause, ExitCause};
 use grail_process::{Exit, Incarnation, NotReady, Process, Role, Signal, StartError, StopPlan};
 use grail_protocol::constants::PRIME_Q;
 use grail_protocol::ids::{TokenId, WeightsHash};
-use grail_supervisor::fleet::{Heartbeat, SlotFacts, Target, WorkerLink, watch_worker};
+use grail_supervisor::fleet::{Heartbeat, SlotFacts, WorkerLink, watch_worker};
 use tokio::sync::{Mutex, Notify, watch};
 
 use crate::schedule::{WorkerFault, derived};
@@ -259,8 +259,17 @@ impl WorkerLink for SimLink {
         .boxed()
     }
 
-    fn reload<'l>(&'l self, target: &'l Target) -> BoxFuture<'l, Result<Reloaded, RequestError>> {
-        let reload = async {
+    fn stage(&self, order: ReloadOrder) -> BoxFuture<'_, Result<WeightsHash, RequestError>> {
+        // It has no memory for two copies.
+        async move { Ok(self.hello.weights.unwrap_or(order.weights)) }.boxed()
+    }
+
+    fn verify<'l>(&'l self, _: &'l VerifyJob) -> BoxFuture<'l, Result<Vec<RowFacts>, RequestError>> {
+        async { Err(self.failed(Severity::Retryable, "bad_request")) }.boxed()
+    }
+
+    fn reload(&self, order: ReloadOrder) -> BoxFuture<'_, Result<Reloaded, RequestError>> {
+        let reload = async move {
             tokio::time::sleep(Duration::from_millis(700)).await;
             match self.fault {
                 Some(WorkerFault::DiesReloading) => self.process.crash(),
@@ -270,11 +279,11 @@ impl WorkerLink for SimLink {
             }
             // Between two groups.
             let _turn = self.compute.lock().await;
-            *self.weights.lock().unwrap() = target.weights;
+            *self.weights.lock().unwrap() = order.weights;
             Ok(Reloaded {
                 id: RequestId(0),
                 epoch: self.hello.epoch,
-                weights: target.weights,
+                weights: order.weights,
                 stall_us: 0,
                 total_us: 0,
                 from_changes: false,

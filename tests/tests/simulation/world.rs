@@ -5,6 +5,8 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use grail_checkpoint::GenerationParams;
 use grail_environments::{Environment, EnvironmentId, Split, ThinkingMode};
 use grail_ipc::messages::SlotId;
@@ -14,7 +16,7 @@ use grail_protocol::ids::{CheckpointWindow, WeightsHash, WindowStart};
 use grail_protocol::keys::{DEMO_HOTKEY_URI, Keypair};
 use grail_protocol::randomness;
 use grail_supervisor::chain::{Chain, LocalChain, LocalChainSettings};
-use grail_supervisor::checkpoints::CheckpointFiles;
+use grail_supervisor::checkpoints::{CheckpointFiles, CheckpointRule};
 use grail_supervisor::clock::Clock;
 use grail_supervisor::demo::Demo;
 use grail_supervisor::engine::{Engine, EngineError, Limits, StopSignals};
@@ -66,7 +68,7 @@ impl Pace {
     fn simulated() -> Self {
         let target = |number, weights| {
             let window = window(number);
-            let target = Target { checkpoint: checkpoint(window), folder: PathBuf::from("simulated"), weights };
+            let target = Target::from_folder(checkpoint(window), PathBuf::from("simulated"), weights);
             (window, target)
         };
         Self {
@@ -354,6 +356,7 @@ impl World {
                 drawn: AtomicU64::new(0),
             }),
             prover: Arc::new(observers.queue.clone()),
+            rule: Arc::new(NoOther),
             signer: fixtures.signer.clone(),
             progress: observers.progress.clone(),
             clock: clock.clone(),
@@ -365,4 +368,18 @@ impl World {
 
 pub fn checkpoint(window: WindowStart) -> CheckpointWindow {
     CheckpointWindow(window.block().0 - 30)
+}
+
+/// The rule never changes its mind.
+#[derive(Debug)]
+struct NoOther;
+
+impl CheckpointRule for NoOther {
+    fn other(&self) -> BoxFuture<'_, CheckpointWindow> {
+        std::future::pending().boxed()
+    }
+
+    fn look(&self) -> BoxFuture<'_, Option<CheckpointWindow>> {
+        async { None }.boxed()
+    }
 }
