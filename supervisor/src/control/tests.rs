@@ -22,7 +22,7 @@ impl World {
         let root = folder.path().canonicalize().unwrap();
         let store = CheckpointStore::new(Arc::new(object_store::memory::InMemory::new()));
         let cache = CheckpointCache::open(root.join("checkpoints")).unwrap();
-        let limits = RetentionLimits { checkpoints: 4, bytes: u64::MAX, max_age: Duration::MAX };
+        let limits = RetentionLimits { checkpoints: 4, bytes: u64::MAX, max_age: None };
         let facts = Facts {
             state_dir: root.clone(),
             started_at: SystemTime::now(),

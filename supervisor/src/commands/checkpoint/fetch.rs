@@ -35,7 +35,7 @@ pub async fn fetch(site: &Site, target: FetchTarget, form: Form) -> Result<Strin
     };
     let published = site.store.published(checkpoint).await.map_err(CheckpointCommandError::from)?;
     let meter = Meter::start(checkpoint);
-    let wanted = Wanted { progress: Some(meter.report()), ..Wanted::default() };
+    let wanted = Wanted { progress: Some(meter.report()), in_use: is_in_use(site, checkpoint).await, ..Wanted::default() };
     let installed = site.cache.install(&site.store, &published, &wanted).await;
     let (received, took) = meter.finish();
     let installed = installed.map_err(|source| {
@@ -48,6 +48,11 @@ pub async fn fetch(site: &Site, target: FetchTarget, form: Form) -> Result<Strin
         }
     })?;
     FetchReport::new(&installed, received, took).print(form)
+}
+
+/// Whether a miner may be reading the cached folder: then it stays, whatever was published under its window since.
+async fn is_in_use(site: &Site, checkpoint: CheckpointWindow) -> bool {
+    site.in_use().await.map_or(true, |in_use| in_use.is_some_and(|in_use| in_use.contains(&checkpoint)))
 }
 
 /// The checkpoint that became READY last.

@@ -201,3 +201,101 @@ impl CacheReport {
         lines
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use grail_checkpoint::MadeFrom;
+    use grail_protocol::ids::{BlockNumber, WeightsHash};
+
+    use super::*;
+
+    fn tree(tree: Tree, base: Option<u64>) -> TreeReport {
+        TreeReport {
+            tree: tree.as_str(),
+            objects: 5,
+            bytes: 290_056,
+            verdict: "mine",
+            reason: None,
+            weights_hash: Some("267fd19c54d4820e10234c958c503376".to_owned()),
+            base: base.map(CheckpointWindow),
+            missing: Vec::new(),
+        }
+    }
+
+    fn stored(window: u64, ready: &[u64], trees: Vec<TreeReport>) -> StoredRow {
+        let bytes = trees.iter().map(|tree| tree.bytes).sum();
+        StoredRow { window: CheckpointWindow(window), ready: ready.iter().copied().collect(), bytes, trees }
+    }
+
+    fn cached(window: u64, in_use: Option<bool>) -> CachedRow {
+        CachedRow {
+            window: CheckpointWindow(window),
+            folder: format!("/state/checkpoints/checkpoint-{window}"),
+            bytes: 16_400_000_000,
+            age_seconds: 3_700,
+            weights_hash: Some(WeightsHash(u128::MAX / 3)),
+            made_from: Some(MadeFrom::Full),
+            in_use,
+            damage: None,
+        }
+    }
+
+    fn report() -> ListReport {
+        let incomplete = TreeReport { missing: vec!["model.safetensors".to_owned()], ..tree(Tree::Full, None) };
+        let reason = Some("the document is no JSON: \u{1b}[31m".to_owned());
+        let unreadable = TreeReport { verdict: "absent", reason, weights_hash: None, ..tree(Tree::Delta, None) };
+        let deltas = vec![CheckpointWindow(3_030), CheckpointWindow(3_060)];
+        let from_deltas = MadeFrom::Deltas { base: CheckpointWindow(3_000), deltas };
+        ListReport {
+            schema: SCHEMA,
+            store: Some(StoreReport {
+                place: "LocalFileSystem(/state/store)".to_owned(),
+                rule: Some(RuleReport {
+                    window: WindowStart::containing(BlockNumber(3_120)),
+                    checkpoint: Some(CheckpointWindow(3_060)),
+                    ready: Some(3_090),
+                }),
+                checkpoints: vec![
+                    stored(3_000, &[3_000], vec![tree(Tree::Full, None)]),
+                    stored(3_060, &[3_060, 3_090], vec![incomplete, tree(Tree::Delta, Some(3_030))]),
+                    stored(3_090, &[], vec![unreadable]),
+                    stored(3_120, &[3_120], Vec::new()),
+                ],
+            }),
+            cache: Some(CacheReport {
+                place: "/state/checkpoints".to_owned(),
+                bytes: 49_200_000_000,
+                checkpoints: vec![
+                    cached(3_000, Some(false)),
+                    CachedRow { made_from: Some(from_deltas), ..cached(3_060, Some(true)) },
+                    CachedRow {
+                        weights_hash: None,
+                        made_from: None,
+                        damage: Some("its metadata.json could not be read".to_owned()),
+                        ..cached(3_090, None)
+                    },
+                ],
+            }),
+        }
+    }
+
+    #[test]
+    fn the_tables() {
+        insta::assert_snapshot!("list", report().render());
+    }
+
+    #[test]
+    fn the_document() {
+        insta::assert_json_snapshot!("list_document", report());
+    }
+
+    #[test]
+    fn without_an_answer_the_rule_says_why() {
+        let window = WindowStart::containing(BlockNumber(2_970));
+        let none = RuleReport { window, checkpoint: None, ready: None };
+        assert_eq!(none.sentence(), "window 2970 has no checkpoint: none was READY before it");
+        let store = report().store.map(|store| StoreReport { rule: None, checkpoints: Vec::new(), ..store });
+        let text = ListReport { store, cache: None, ..report() }.render();
+        insta::assert_snapshot!("list_of_an_empty_store", text);
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use grail_checkpoint::layout::SIGNATURE_FILE;
+use grail_checkpoint::layout::{SIGNATURE_FILE, object_key};
 use grail_checkpoint::{Listing, Metadata, MiningPolicy, Published, Tree};
 use grail_process::with_causes;
 use grail_protocol::ids::CheckpointWindow;
@@ -13,7 +13,7 @@ use super::cached::{CachedRow, cached_rows, origin};
 use super::catalogue::{StoredCheckpoint, catalogue};
 use super::routes::{RouteReport, RoutesReport, routes};
 use super::table::{age, columns, count, or_dash, size};
-use super::trees::{TreeReport, reports, stored_bytes};
+use super::trees::{TreeReport, reports};
 use super::{CheckpointCommandError, Report, SCHEMA, Site};
 use crate::commands::CommandError;
 use crate::commands::control::Form;
@@ -107,7 +107,7 @@ fn shown_trees(stored: &StoredCheckpoint, published: &Published, listing: &Listi
             };
             let metadata = metadata.ok();
             ShownTree {
-                signed: stored_bytes(listing, published.window, tree, SIGNATURE_FILE).is_some(),
+                signed: listing.size_as_read(&object_key(published.window, tree, SIGNATURE_FILE)).is_some(),
                 document: metadata.map(|metadata| metadata.document().clone()),
                 files: metadata.map(|metadata| shown_files(metadata, listing)).unwrap_or_default(),
                 summary,
@@ -120,7 +120,7 @@ fn shown_files(metadata: &Metadata, listing: &Listing) -> Vec<ShownFile> {
     let Ok(manifest) = metadata.files() else { return Vec::new() };
     let files = manifest.required().map(|(path, sha256)| ShownFile {
         path: path.to_owned(),
-        bytes: stored_bytes(listing, metadata.window, metadata.tree, path),
+        bytes: listing.size_as_read(&object_key(metadata.window, metadata.tree, path)),
         sha256: sha256.to_string(),
     });
     files.collect()
@@ -220,4 +220,92 @@ fn plain(value: &Value) -> String {
 
 fn fact(name: &str, value: &str) -> String {
     format!("{name:<14}{value}")
+}
+
+#[cfg(test)]
+mod tests {
+    use grail_checkpoint::MadeFrom;
+
+    use super::*;
+
+    fn report() -> ShowReport {
+        let document = json!({
+            "window": 3_060, "prev_window": 3_030, "anchor_window": null, "model_name": "a\u{1b}model", "created_at": 1.5,
+        });
+        ShowReport {
+            schema: SCHEMA,
+            checkpoint: CheckpointWindow(3_060),
+            store: "LocalFileSystem(/state/store)".to_owned(),
+            ready: [3_060, 3_090].into(),
+            policy: Some(json!({
+                "env_id": "gsm8k",
+                "env_params": { "split": "train" },
+                "thinking_mode": "instructed",
+                "generation": { "temperature": 0.7, "top_k": 50 },
+                "max_new_tokens": 2_048,
+            })),
+            policy_defect: None,
+            trees: vec![ShownTree {
+                summary: TreeReport {
+                    tree: "DELTA",
+                    objects: 5,
+                    bytes: 9_500,
+                    verdict: "mine",
+                    reason: None,
+                    weights_hash: Some("267fd19c54d4820e10234c958c503376".to_owned()),
+                    base: Some(CheckpointWindow(3_030)),
+                    missing: vec!["delta_metadata.json".to_owned()],
+                },
+                signed: true,
+                document: document.as_object().cloned(),
+                files: vec![
+                    ShownFile { path: "delta_sparse.bin.zst".to_owned(), bytes: Some(8_000), sha256: "ab".repeat(32) },
+                    ShownFile { path: "delta_metadata.json".to_owned(), bytes: None, sha256: "cd".repeat(32) },
+                ],
+            }],
+            routes: RoutesReport {
+                open: vec![RouteReport {
+                    bytes: 8_000,
+                    from: "cached",
+                    base: CheckpointWindow(3_000),
+                    deltas: vec![CheckpointWindow(3_030), CheckpointWindow(3_060)],
+                }],
+                closed: vec!["the FULL of checkpoint 3030 is incomplete".to_owned()],
+            },
+            cached: Some(CachedRow {
+                window: CheckpointWindow(3_060),
+                folder: "/state/checkpoints/checkpoint-3060".to_owned(),
+                bytes: 290_056,
+                age_seconds: 59,
+                weights_hash: None,
+                made_from: Some(MadeFrom::Full),
+                in_use: Some(true),
+                damage: None,
+            }),
+        }
+    }
+
+    #[test]
+    fn the_text() {
+        insta::assert_snapshot!("show", report().render());
+    }
+
+    #[test]
+    fn a_checkpoint_of_which_only_the_marker_is_there() {
+        let bare = ShowReport {
+            ready: BTreeSet::new(),
+            policy: None,
+            policy_defect: Some("checkpoint 3060 has no readable metadata".to_owned()),
+            trees: Vec::new(),
+            routes: RoutesReport { open: Vec::new(), closed: Vec::new() },
+            cached: None,
+            ..report()
+        };
+        insta::assert_snapshot!("show_bare", bare.render());
+    }
+
+    #[test]
+    fn the_document() {
+        insta::assert_json_snapshot!("show_document", report());
+    }
 }

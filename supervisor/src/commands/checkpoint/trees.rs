@@ -1,6 +1,6 @@
 //! What was published as one checkpoint: each tree's metadata with the verdict on it, held against the listing.
 
-use grail_checkpoint::layout::{GZIP_SUFFIX, object_key};
+use grail_checkpoint::layout::object_key;
 use grail_checkpoint::metadata::PublishedHash;
 use grail_checkpoint::{Listing, Metadata, MetadataError, Published, Tree};
 use grail_process::with_causes;
@@ -83,13 +83,7 @@ fn missing(metadata: &Metadata, listing: &Listing) -> Vec<String> {
     let Ok(manifest) = metadata.files() else { return Vec::new() };
     let names = manifest.required().map(|(name, _)| name);
     names
-        .filter(|name| stored_bytes(listing, metadata.window, metadata.tree, name).is_none())
+        .filter(|name| listing.size_as_read(&object_key(metadata.window, metadata.tree, name)).is_none())
         .map(str::to_owned)
         .collect()
-}
-
-/// Stored size of a file of a tree; a compressed twin is what every reader takes.
-pub(super) fn stored_bytes(listing: &Listing, window: CheckpointWindow, tree: Tree, name: &str) -> Option<u64> {
-    let key = object_key(window, tree, name);
-    listing.size(&format!("{key}{GZIP_SUFFIX}")).or_else(|| listing.size(&key))
 }

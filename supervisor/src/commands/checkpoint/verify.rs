@@ -1,5 +1,7 @@
 //! `checkpoint verify`: cached folders, read whole and held against everything that is known of them.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use grail_checkpoint::cache::{Damage, Entry};
 use grail_checkpoint::weights::Fingerprint;
 use grail_checkpoint::{CheckpointCache, Installed, WeightsError, WeightsFiles};
@@ -108,10 +110,10 @@ fn compare(installed: &Installed, found: &Fingerprint) -> VerifiedRow {
 }
 
 fn first_other_tensor(
-    stated: &std::collections::BTreeMap<String, u64>,
-    found: &std::collections::BTreeMap<String, u64>,
+    stated: &BTreeMap<String, u64>,
+    found: &BTreeMap<String, u64>,
 ) -> Option<String> {
-    let names: std::collections::BTreeSet<&String> = stated.keys().chain(found.keys()).collect();
+    let names: BTreeSet<&String> = stated.keys().chain(found.keys()).collect();
     names.into_iter().find_map(|name| match (stated.get(name), found.get(name)) {
         (Some(stated), Some(found)) if stated == found => None,
         (Some(stated), Some(found)) => {
@@ -150,6 +152,51 @@ impl VerifiedRow {
             (None, _, None) => format!("{window}  intact"),
             (Some(difference), Some(file), _) => format!("{window}  damaged  {file}: {difference}"),
             (Some(difference), None, _) => format!("{window}  damaged  {difference}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(window: u64, file: Option<&str>, difference: Option<&str>) -> VerifiedRow {
+        VerifiedRow {
+            window: CheckpointWindow(window),
+            weights_hash: difference.is_none().then_some(WeightsHash(0xff)),
+            tensors: difference.is_none().then_some(27),
+            file: file.map(str::to_owned),
+            difference: difference.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn file_and_difference_are_named() {
+        let checkpoints = vec![
+            row(3_000, None, None),
+            row(3_030, Some("model.safetensors"), Some("its 7 bytes have sha256 ab, the manifest says cd")),
+            row(3_060, None, Some("tensor a is missing")),
+        ];
+        let report = VerifyReport { schema: SCHEMA, place: "/state/checkpoints".into(), intact: false, checkpoints };
+        insta::assert_snapshot!("verify", report.render());
+        let intact = VerifyReport { intact: true, checkpoints: vec![row(3_000, None, None)], ..report };
+        insta::assert_snapshot!("verify_intact", intact.render());
+    }
+
+    #[test]
+    fn every_way_in_which_tensors_differ_is_told() {
+        let of = |tensors: &[(&str, u64)]| -> BTreeMap<String, u64> {
+            tensors.iter().map(|(name, checksum)| ((*name).to_owned(), *checksum)).collect()
+        };
+        let stated = of(&[("a", 1), ("b", 2)]);
+        assert_eq!(first_other_tensor(&stated, &stated), None);
+        for (found, words) in [
+            (of(&[("a", 1), ("b", 3)]), "tensor b has checksum 0000000000000003"),
+            (of(&[("a", 1)]), "tensor b is missing"),
+            (of(&[("a", 1), ("b", 2), ("c", 3)]), "tensor c has no checksum"),
+        ] {
+            let difference = first_other_tensor(&stated, &found).unwrap();
+            assert!(difference.contains(words), "{difference}");
         }
     }
 }
