@@ -10,7 +10,8 @@ use grail_protocol::randomness::ChallengeRandomness;
 use grail_telemetry::{Format, Options};
 
 use crate::cli::{
-    self, Cli, Command, ConfigArgs, LocalDevice, MineArgs, ReloadArgs, SlotArgs, StateArgs, StatusArgs, StopArgs, VerifyArgs,
+    self, Cli, Command, ConfigArgs, LocalDevice, MineArgs, ReloadArgs, SlotArgs, StateArgs, StatusArgs, StopArgs,
+    VerifyArgs,
 };
 use crate::commands::control::{self, Form, Wait, Whereabouts};
 use crate::commands::local::LocalSettings;

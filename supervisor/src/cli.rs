@@ -400,7 +400,8 @@ mod tests {
     #[test]
     fn help_texts() {
         insta::assert_snapshot!("help", long_help(&[]));
-        for name in ["mine", "verify", "status", "restart", "reload-checkpoint", "stop", "config", "completions", "man"] {
+        for name in ["mine", "verify", "status", "restart", "reload-checkpoint", "stop", "config", "completions", "man"]
+        {
             insta::assert_snapshot!(format!("help_{name}"), long_help(&[name]));
         }
     }
