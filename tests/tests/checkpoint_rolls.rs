@@ -75,8 +75,7 @@ impl Trainer {
             [b, a]
         };
         let delta = DeltaInput { base, base_folder, folder, format: DeltaFormat::V31 };
-        let published = publish_delta(&self.store, window, &delta, &self.input(), ready);
-        self.runtime.block_on(published).unwrap();
+        self.runtime.block_on(publish_delta(&self.store, window, &delta, &self.input(), ready)).unwrap();
     }
 
     fn object(&self, window: CheckpointWindow, name: &str) -> PathBuf {
