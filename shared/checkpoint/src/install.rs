@@ -1,125 +1,131 @@
-//! From the store into the cache: download, verify, hash, put in place.
+//! From the store into the cache: the cheapest way is taken, what it brings is verified, and only then it gets its name.
 
-use std::path::{Path, PathBuf};
+mod build;
+mod error;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
-use futures::{StreamExt, TryStreamExt, stream};
 use grail_protocol::ids::CheckpointWindow;
 use nix::sys::statvfs::statvfs;
 
-use crate::cache::{CacheError, CheckpointCache, Entry, Installed, local_document};
+use crate::cache::{
+    CacheError, CheckpointCache, Entry, Installed, MadeFrom, Notice, PartialFolder, Record, published_hash,
+};
 use crate::durable;
-use crate::layout::{METADATA_FILE, Tree, object_key};
-use crate::manifest::{FileDefect, FolderDefect, Manifest, Sha256Digest};
-use crate::metadata::{FilesDefect, Metadata, MetadataError, Published};
-use crate::store::{CheckpointStore, StoreError};
-use crate::weights::{HashAgreement, WeightsError, WeightsFiles};
+use crate::fetch::Fetcher;
+use crate::layout::{METADATA_FILE, SIGNATURE_FILE, Tree, object_key};
+use crate::manifest::Manifest;
+use crate::metadata::{Metadata, Published, PublishedHash};
+use crate::progress::{Meter, ProgressFn};
+use crate::routes::{Base, Route, Routes};
+use crate::signature::SignatureCheck;
+use crate::store::{CheckpointStore, Listing};
+use crate::weights::HashAgreement;
 
-/// How often an object is fetched whose bytes are not those of the manifest: a damaged transfer is repaired, a damaged
-/// object is not.
-const ATTEMPTS: usize = 2;
+pub use error::{ChainError, FailureClass, InstallError, MetadataErrorOfTrees};
 
-/// Why a checkpoint is not in the cache.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum InstallError {
-    #[error(transparent)]
-    Cache(#[from] CacheError),
-    #[error("a file of checkpoint {window} could not be fetched")]
-    Fetch {
-        window: CheckpointWindow,
-        #[source]
-        source: StoreError,
-    },
-    #[error("checkpoint {window} as published is incomplete or damaged")]
-    File {
-        window: CheckpointWindow,
-        #[source]
-        source: FolderDefect,
-    },
-    #[error(
-        "this checkpoint is only published as DELTA, which cannot be installed without its base: \
-         checkpoint {window} (FULL: {full}); wait for the next FULL checkpoint"
-    )]
-    DeltaOnly { window: CheckpointWindow, full: String },
-    #[error("checkpoint {window} has no usable metadata")]
-    Metadata {
-        window: CheckpointWindow,
-        #[source]
-        source: MetadataErrorOfTree,
-    },
-    #[error("checkpoint {window} names no files that can be trusted")]
-    Files {
-        window: CheckpointWindow,
-        #[source]
-        source: FilesDefect,
-    },
-    #[error("the weights of checkpoint {window} cannot be read")]
-    Weights {
-        window: CheckpointWindow,
-        #[source]
-        source: WeightsError,
-    },
-    #[error(
-        "checkpoint {window} takes {needed} bytes, {} has {free} left: \
-         free space there or choose another folder (GRAIL_CACHE_DIR, or --state-dir for --local)",
-        folder.display()
-    )]
-    NoSpace { window: CheckpointWindow, needed: u64, free: u64, folder: PathBuf },
+/// What the caller wants beside the checkpoint.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// The checkpoint in use: [`Installed::changes`] relative to it are worth a few bytes more.
+    pub prefer_base: Option<CheckpointWindow>,
+    /// Whether windows are mined with the cached folder of this very checkpoint, so that it stays even if the trainer has
+    /// published something else under its window since.
+    pub in_use: bool,
+    pub progress: Option<ProgressFn>,
+    /// Verifies the trainer's signature, where its key is known.
+    pub signature: Option<SignatureCheck>,
 }
 
-impl InstallError {
-    /// Whether the local disk is full, as opposed to something wrong with what was published.
-    #[must_use]
-    pub const fn is_disk_full(&self) -> bool {
-        matches!(
-            self,
-            Self::NoSpace { .. }
-                | Self::Cache(CacheError::DiskFull { .. })
-                | Self::Fetch { source: StoreError::DiskFull { .. }, .. }
-        )
+/// A checkpoint that is complete but has no name yet.
+#[derive(Debug)]
+struct Made {
+    partial: PartialFolder,
+    metadata: Metadata,
+    record: Record,
+}
+
+impl Made {
+    /// Whether nothing about the weights is left to doubt. Files with the right sha256 are what validators run too, so a full
+    /// tree without a hash is certain; deltas without one are not, because their base may be another.
+    fn is_certain(&self) -> bool {
+        match self.record.agreement {
+            HashAgreement::Equal | HashAgreement::EqualWithTiedHead => true,
+            HashAgreement::NotPublished => self.record.made_from == MadeFrom::Full,
+            HashAgreement::Different => false,
+        }
     }
 }
 
-/// Why a tree's metadata is of no use, as text: the document belongs to [`Published`].
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("FULL: {full}; DELTA: {delta}")]
-pub struct MetadataErrorOfTree {
-    pub full: String,
-    pub delta: String,
+/// One installation.
+#[derive(Debug)]
+struct Job<'a> {
+    cache: &'a CheckpointCache,
+    store: &'a CheckpointStore,
+    listing: &'a Listing,
+    window: CheckpointWindow,
+    wanted: &'a Wanted,
 }
 
 impl CheckpointCache {
     /// Brings a checkpoint into the cache and returns its folder. A folder that is there and verifies is used as it is,
-    /// unless the trainer has published other files under the same window since.
+    /// unless the trainer has published something else under the same window since. Otherwise the cheapest way is taken, by
+    /// the bytes of one listing: deltas on top of a cached checkpoint, the nearest complete full tree with deltas, the full
+    /// tree of the checkpoint itself; if one fails, the next. What was downloaded stays for the next call if the store was
+    /// the reason, so that it goes on where it was.
     ///
-    /// Call it once per change of checkpoint: it reads all files of a cached folder.
+    /// Call it once per change of checkpoint: it reads all files of a cached folder. Nothing is held for the caller:
+    /// [`Self::hold`] keeps other processes from pruning the folder.
     ///
     /// # Errors
     /// [`InstallError`]; the cache then has no folder of this checkpoint, or the one it had.
-    pub async fn install(&self, store: &CheckpointStore, published: &Published) -> Result<Installed, InstallError> {
+    pub async fn install(
+        &self,
+        store: &CheckpointStore,
+        published: &Published,
+        wanted: &Wanted,
+    ) -> Result<Installed, InstallError> {
         let window = published.window;
         let _lock = self.lock().await?;
-        for path in self.sweep_locked()? {
+        for path in self.sweep_partials()? {
             tracing::info!(path = %path.display(), "Removed an unfinished checkpoint folder.");
         }
-        if let Some(installed) = self.cached(published).await {
+        let mut notices = Vec::new();
+        if let Some(mut installed) = self.cached(published, wanted, &mut notices).await {
             tracing::info!(checkpoint = %window, weights = %installed.weights_hash, "Checkpoint is in the cache.");
+            installed.notices = report(window, notices);
             return Ok(installed);
         }
-        let metadata = match (&published.full, &published.delta) {
-            (Ok(metadata), _) => metadata,
-            (Err(full), Ok(_)) => return Err(InstallError::DeltaOnly { window, full: full.to_string() }),
-            (Err(full), Err(delta)) => {
-                let source = MetadataErrorOfTree { full: full.to_string(), delta: delta.to_string() };
-                return Err(InstallError::Metadata { window, source });
-            }
-        };
-        self.download(store, metadata).await
+        let started = Instant::now();
+        let listing = store.list().await.map_err(|source| InstallError::List { window, source })?;
+        let job = Job { cache: self, store, listing: &listing, window, wanted };
+        let mut fetched = BTreeSet::new();
+        let made = job.make(published, &mut fetched).await;
+        // What came from a store that failed may be gone on with; what came from a defective checkpoint may not.
+        let keep = made.as_ref().is_err_and(|error| error.class().is_transient());
+        if !keep {
+            self.remove_downloads(|window| fetched.contains(&window))?;
+        }
+        self.sweep_downloads()?;
+        let made = made?;
+        notices.extend(job.check_signatures(published).await);
+        let mut installed = self.finish(made)?;
+        match installed.agreement {
+            HashAgreement::Different => notices.push(Notice::HashDiffers),
+            HashAgreement::NotPublished => notices.push(Notice::HashNotPublished),
+            HashAgreement::Equal | HashAgreement::EqualWithTiedHead => {}
+        }
+        installed.notices = report(window, notices);
+        tracing::info!(checkpoint = %window, weights = %installed.weights_hash, made_from = ?installed.made_from,
+            seconds = started.elapsed().as_secs_f64(), folder = %installed.folder.display(), "Checkpoint installed.");
+        Ok(installed)
     }
 
-    /// The cached folder, if its files are those that are published now, or if no full tree is published any more.
-    async fn cached(&self, published: &Published) -> Option<Installed> {
+    /// The cached folder, if it is sound and still what is published, or if it has to stay all the same.
+    async fn cached(&self, published: &Published, wanted: &Wanted, notices: &mut Vec<Notice>) -> Option<Installed> {
         let window = published.window;
         let cache = self.clone();
         let entry = tokio::task::spawn_blocking(move || cache.inspect(window)).await;
@@ -132,38 +138,18 @@ impl CheckpointCache {
             }
             Entry::Installed(installed) => *installed,
         };
-        let same = |now: &Manifest| installed.metadata.files().is_ok_and(|cached| cached.required().eq(now.required()));
-        match published.full.as_ref().map(Metadata::files) {
-            Ok(Ok(now)) if !same(now) => {
-                tracing::warn!(checkpoint = %window, "The trainer has published other files under a checkpoint that is cached; \
-                    the cached folder is replaced.");
-                None
-            }
-            Ok(_) | Err(_) => Some(installed),
+        let Some((was, now)) = republished(&installed, published) else { return Some(installed) };
+        if wanted.in_use || self.is_held(window) {
+            notices.push(Notice::RepublishedKept { was, now });
+            return Some(installed);
         }
+        notices.push(Notice::RepublishedTaken { was, now });
+        None
     }
 
-    async fn download(&self, store: &CheckpointStore, metadata: &Metadata) -> Result<Installed, InstallError> {
-        let window = metadata.window;
-        let started = Instant::now();
-        let manifest = metadata.files().map_err(|source| InstallError::Files { window, source })?;
-        let needed = stored_bytes(store, window, manifest).await?;
-        self.require_space(window, needed)?;
-        let partial = self.new_partial(window)?;
-        fetch_files(store, window, manifest, &partial.path).await?;
-        let (document, weights) = describe(metadata, &partial.path).await?;
-        let local = partial.path.join(METADATA_FILE);
-        write_synced(&local, &document).map_err(|source| CacheError::io(&local, source))?;
-        let folder = self.place(partial, window)?;
-        if weights.agreement == HashAgreement::Different {
-            tracing::warn!(checkpoint = %window, weights = %weights.hash, published = ?metadata.weights_hash,
-                "Weights hash differs from the published one although every file is as published; validators run these files.");
-        }
-        tracing::info!(checkpoint = %window, weights = %weights.hash, bytes = needed,
-            seconds = started.elapsed().as_secs_f64(), folder = %folder.display(), "Checkpoint installed.");
-        let metadata = Metadata::parse(&document, window, Tree::Full)
-            .map_err(|source| InstallError::Metadata { window, source: unreadable(&source) })?;
-        Ok(Installed { window, folder, weights_hash: weights.hash, agreement: weights.agreement, metadata })
+    fn finish(&self, made: Made) -> Result<Installed, InstallError> {
+        let folder = self.place(made.partial, made.metadata.window)?;
+        Ok(made.record.installed(&folder, made.metadata))
     }
 
     fn require_space(&self, window: CheckpointWindow, needed: u64) -> Result<(), InstallError> {
@@ -176,98 +162,185 @@ impl CheckpointCache {
     }
 }
 
-/// Bytes of all required objects as they are stored; an object that is missing ends the installation before it begins.
-async fn stored_bytes(
-    store: &CheckpointStore,
-    window: CheckpointWindow,
-    manifest: &Manifest,
-) -> Result<u64, InstallError> {
-    let sizes = manifest.required().map(|(name, _)| async move {
-        let key = object_key(window, Tree::Full, name);
-        let size = store.size(&key).await.map_err(|source| InstallError::Fetch { window, source })?;
-        size.ok_or_else(|| file_defect(window, name, FileDefect::Missing))
-    });
-    let sizes: Vec<u64> = stream::iter(sizes).buffer_unordered(store.limits().parallel).try_collect().await?;
-    Ok(sizes.into_iter().fold(0, u64::saturating_add))
-}
-
-async fn fetch_files(
-    store: &CheckpointStore,
-    window: CheckpointWindow,
-    manifest: &Manifest,
-    folder: &Path,
-) -> Result<(), InstallError> {
-    let files = manifest.required().map(|(name, expected)| fetch_file(store, window, name, expected, folder));
-    stream::iter(files).buffer_unordered(store.limits().parallel).try_collect().await
-}
-
-async fn fetch_file(
-    store: &CheckpointStore,
-    window: CheckpointWindow,
-    name: &str,
-    expected: Sha256Digest,
-    folder: &Path,
-) -> Result<(), InstallError> {
-    let target = folder.join(name);
-    if let Some(parent) = target.parent() {
-        std::fs::create_dir_all(parent).map_err(|source| CacheError::io(parent, source))?;
-    }
-    let key = object_key(window, Tree::Full, name);
-    let mut attempt = 1;
-    loop {
-        let defect = match store.download(&key, &target).await {
-            Ok(fetched) if fetched.sha256 == expected => return Ok(()),
-            Ok(fetched) => {
-                let defect = FileDefect::Hash { expected, found: fetched.sha256, bytes: fetched.bytes };
-                file_defect(window, name, defect)
+impl Job<'_> {
+    /// Takes way after way until one leads to weights that nothing speaks against; `fetched` collects the checkpoints of which
+    /// something was downloaded.
+    async fn make(
+        &self,
+        published: &Published,
+        fetched: &mut BTreeSet<CheckpointWindow>,
+    ) -> Result<Made, InstallError> {
+        let cached = self.cache.windows()?;
+        let mut routes = Routes::new(self.store, self.listing, published, cached, self.wanted.prefer_base);
+        let mut doubtful: Option<Made> = None;
+        while let Some(route) = routes.next().await {
+            fetched.extend(route.fetched());
+            tracing::info!(checkpoint = %self.window, route = %route, bytes = route.bytes, "Fetching a checkpoint.");
+            match self.follow(&route).await {
+                Ok(made) if made.is_certain() => return Ok(made),
+                Ok(made) => {
+                    tracing::warn!(checkpoint = %self.window, route = %route, weights = %made.record.weights_hash,
+                        agreement = ?made.record.agreement, "No published hash confirms the weights; looking for another way.");
+                    routes.doubted(&route);
+                    doubtful.get_or_insert(made);
+                }
+                Err(error) => routes.failed(&route, error),
             }
-            Err(StoreError::NotFound { .. }) => return Err(file_defect(window, name, FileDefect::Missing)),
-            Err(source @ (StoreError::Truncated { .. } | StoreError::Gzip { .. })) => {
-                InstallError::Fetch { window, source }
-            }
-            Err(source) => return Err(InstallError::Fetch { window, source }),
-        };
-        if attempt == ATTEMPTS {
-            return Err(defect);
         }
-        tracing::warn!(checkpoint = %window, key, error = &defect as &dyn std::error::Error, "Fetching a file again.");
-        attempt += 1;
+        doubtful.ok_or_else(|| routes.into_error())
+    }
+
+    async fn follow(&self, route: &Route) -> Result<Made, InstallError> {
+        let started = Instant::now();
+        self.require_space(route)?;
+        let meter = Meter::new(self.window, route.bytes, self.wanted.progress.clone());
+        let fetcher = Fetcher { store: self.store, cache: self.cache, meter };
+        let made = match (&route.base, route.deltas.last()) {
+            (Base::Full(full), None) => self.full(&fetcher, full).await?,
+            (Base::Full(full), Some(target)) => {
+                let base = self.full(&fetcher, full).await?;
+                let base = self.cache.finish(base)?;
+                self.mirror(&fetcher, &base, target, route).await?
+            }
+            (Base::Cached(window), target) => {
+                let base = self.cached_base(*window)?;
+                let target = target.expect("a way from a cached checkpoint has deltas");
+                self.mirror(&fetcher, &base, target, route).await?
+            }
+        };
+        let (bytes, seconds) = (fetcher.meter.received(), started.elapsed().as_secs_f64());
+        tracing::info!(checkpoint = %self.window, route = %route, bytes, seconds,
+            bytes_per_second = bytes as f64 / seconds, "Checkpoint fetched.");
+        Ok(made)
+    }
+
+    /// A full tree as it was published.
+    async fn full(&self, fetcher: &Fetcher<'_>, full: &Metadata) -> Result<Made, InstallError> {
+        let window = full.window;
+        let folder = fetcher.tree(full).await?;
+        let manifest: Manifest = required(full)?;
+        let published = full.clone();
+        let weights = folder.clone();
+        let record = tokio::task::spawn_blocking(move || Record::compute(&weights, &published)).await;
+        let record = record.expect("hashing does not panic").map_err(|source| InstallError::Weights { window, source })?;
+        let record = Record { made_from: MadeFrom::Full, changes: None, ..record };
+        let metadata = write_document(&folder, full, &record, &manifest)?;
+        Ok(Made { partial: self.cache.adopt(&folder, window)?, metadata, record })
+    }
+
+    /// Room for what is fetched, and for a second copy of the weights where deltas are applied.
+    fn require_space(&self, route: &Route) -> Result<(), InstallError> {
+        let copy = match (&route.base, route.deltas.is_empty()) {
+            (_, true) => 0,
+            (Base::Full(_), false) => route.bytes,
+            (Base::Cached(window), false) => build::weights_bytes(&self.cache.folder(*window)),
+        };
+        let needed = route.bytes.saturating_add(copy);
+        let fetched: BTreeSet<CheckpointWindow> = route.fetched().collect();
+        match self.cache.require_space(self.window, needed) {
+            Err(InstallError::NoSpace { .. }) => {
+                // Downloads of other checkpoints that could have gone on have to give way.
+                self.cache.remove_downloads(|window| !fetched.contains(&window))?;
+                self.cache.require_space(self.window, needed)
+            }
+            other => other,
+        }
+    }
+
+    /// Reports what is wrong with the signatures of the checkpoint's documents.
+    async fn check_signatures(&self, published: &Published) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        let Some(check) = &self.wanted.signature else { return notices };
+        for metadata in [&published.full, &published.delta].into_iter().flatten() {
+            let tree = metadata.tree;
+            match self.store.read(&object_key(self.window, tree, SIGNATURE_FILE)).await {
+                Ok(signature) => {
+                    if let Err(defect) = check.check(metadata, signature.as_deref()) {
+                        notices.push(Notice::Signature { tree, defect });
+                    }
+                }
+                Err(error) => {
+                    tracing::info!(checkpoint = %self.window, %tree, error = &error as &dyn std::error::Error,
+                        "The signature of the metadata could not be read and is not checked.");
+                }
+            }
+        }
+        notices
     }
 }
 
-#[derive(Debug)]
-struct HashedWeights {
-    hash: grail_protocol::ids::WeightsHash,
-    agreement: HashAgreement,
+/// Says how what is published now differs from what the folder was made from; `None` if it does not.
+fn republished(installed: &Installed, published: &Published) -> Option<(String, String)> {
+    let trees = [(Tree::Full, &published.full), (Tree::Delta, &published.delta)];
+    let now = |wanted: Tree| trees.iter().find(|(tree, _)| *tree == wanted).and_then(|(_, now)| now.as_ref().ok());
+    let was = published_hash(&installed.metadata);
+    let made_from = installed.made_from.tree();
+    let same_hash = match (now(made_from), now(other(made_from))) {
+        (Some(now), _) => now.weights_hash == was,
+        // The tree itself is gone; the other one says what the weights are meant to be.
+        (None, Some(now)) => match now.weights_hash {
+            PublishedHash::Stated(hash) => hash == installed.weights_hash || now.weights_hash == was,
+            PublishedHash::None | PublishedHash::Malformed(_) => true,
+        },
+        (None, None) => true,
+    };
+    let stated = |metadata: Option<&Metadata>| metadata.map_or(PublishedHash::None, |now| now.weights_hash.clone());
+    if !same_hash {
+        let now = stated(now(made_from).or_else(|| now(other(made_from))));
+        return Some((format!("weights {was}"), format!("weights {now}")));
+    }
+    let files_now = now(Tree::Full).filter(|_| made_from == Tree::Full)?.files().ok()?;
+    let files = installed.metadata.files().ok()?;
+    if files.required().eq(files_now.required()) {
+        return None;
+    }
+    Some((describe(files), describe(files_now)))
 }
 
-/// Hashes the weights in `folder` and makes the local metadata document for them.
-async fn describe(metadata: &Metadata, folder: &Path) -> Result<(Vec<u8>, HashedWeights), InstallError> {
+/// A manifest in a few words: enough to see that two are different.
+fn describe(manifest: &Manifest) -> String {
+    let files = manifest.required().count();
+    let first = manifest.required().map(|(_, digest)| digest.to_string()).collect::<Vec<_>>().concat();
+    format!("{files} files with manifest {:032x}", xxhash_rust::xxh3::xxh3_128(first.as_bytes()))
+}
+
+const fn other(tree: Tree) -> Tree {
+    match tree {
+        Tree::Full => Tree::Delta,
+        Tree::Delta => Tree::Full,
+    }
+}
+
+fn report(window: CheckpointWindow, notices: Vec<Notice>) -> Vec<Notice> {
+    for notice in &notices {
+        tracing::warn!(checkpoint = %window, error = notice as &dyn std::error::Error, "The checkpoint is used, but:");
+    }
+    notices
+}
+
+/// The files that a tree must have, without those that an upload rewrites.
+fn required(metadata: &Metadata) -> Result<Manifest, InstallError> {
     let window = metadata.window;
-    let (folder, published) = (folder.to_path_buf(), metadata.weights_hash.clone());
-    let hashed = tokio::task::spawn_blocking(move || -> Result<HashedWeights, WeightsError> {
-        let weights = WeightsFiles::open(&folder)?;
-        let hash = weights.hash()?;
-        let agreement = weights.agreement(hash, &published)?;
-        Ok(HashedWeights { hash, agreement })
-    });
-    let hashed =
-        hashed.await.expect("hashing does not panic").map_err(|source| InstallError::Weights { window, source })?;
-    let document = local_document(metadata, hashed.hash, &hashed.agreement);
-    let mut text = serde_json::to_vec_pretty(&document).expect("a JSON value has a text");
+    let manifest = metadata.files().map_err(|source| InstallError::Files { window, source })?;
+    Ok(manifest.required().map(|(name, digest)| (name.to_owned(), digest)).collect())
+}
+
+/// Writes the local metadata document of a folder and returns it as it will be read.
+fn write_document(
+    folder: &Path,
+    published: &Metadata,
+    record: &Record,
+    manifest: &Manifest,
+) -> Result<Metadata, InstallError> {
+    let window = published.window;
+    let mut text = serde_json::to_vec_pretty(&record.document(published, manifest)).expect("a JSON value has a text");
     text.push(b'\n');
-    Ok((text, hashed))
+    let path = folder.join(METADATA_FILE);
+    let written = std::fs::write(&path, &text).and_then(|()| durable::sync_file(&path));
+    written.map_err(|source| CacheError::io(&path, source))?;
+    Metadata::parse(&text, window, Tree::Full).map_err(|error| {
+        let published = Published { window, full: Err(error), delta: Err(crate::metadata::MetadataError::NotPublished) };
+        InstallError::metadata(&published)
+    })
 }
 
-fn write_synced(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    std::fs::write(path, bytes)?;
-    durable::sync_file(path)
-}
-
-fn file_defect(window: CheckpointWindow, name: &str, defect: FileDefect) -> InstallError {
-    InstallError::File { window, source: FolderDefect { path: name.to_owned(), defect } }
-}
-
-fn unreadable(error: &MetadataError) -> MetadataErrorOfTree {
-    MetadataErrorOfTree { full: error.to_string(), delta: "not used".to_owned() }
-}

@@ -12,11 +12,13 @@
 //! Nothing here holds weights in memory: objects stream to disk while they are hashed, with a cap per object.
 
 pub mod cache;
+pub mod delta;
 pub mod durable;
 pub mod install;
 pub mod layout;
 pub mod manifest;
 pub mod metadata;
+pub mod mirror;
 pub mod policy;
 pub mod publish;
 mod python;
@@ -27,12 +29,16 @@ pub mod store;
 pub mod weights;
 
 pub use cache::{CacheError, CheckpointCache, Installed};
+pub use delta::{Delta, DeltaClass, DeltaError, DeltaFormat, DeltaMetadata, Shapes};
 pub use install::InstallError;
 pub use layout::Tree;
 pub use manifest::{Manifest, Sha256Digest};
 pub use metadata::{Metadata, MetadataError, Published, Verdict};
+pub use mirror::{ChangeSet, Mirror, MirrorError, MirrorPlan};
 pub use policy::{EnvironmentParams, GenerationParams, MiningPolicy, PolicyDefect, ThinkingModeName};
-pub use publish::{MetadataInput, PublishError, PublishedFull, publish_full};
+pub use publish::{
+    DeltaInput, MetadataInput, PublishError, PublishedDelta, PublishedFull, publish_delta, publish_full,
+};
 pub use ready::{Choice, resolve};
 pub use store::{CheckpointStore, ChooseError, Limits, Listing, StoreError};
-pub use weights::{HashAgreement, WeightsError, WeightsFiles};
+pub use weights::{Fingerprint, HashAgreement, WeightsError, WeightsFiles};

@@ -90,6 +90,28 @@ pub enum PublishedHash {
     Malformed(String),
 }
 
+impl PublishedHash {
+    pub(crate) fn from_json(stated: Option<&Value>) -> Self {
+        match stated {
+            None | Some(Value::Null) => Self::None,
+            Some(stated) => match stated.as_str().and_then(|hash| hash.parse().ok()) {
+                Some(hash) => Self::Stated(hash),
+                None => Self::Malformed(stated.to_string()),
+            },
+        }
+    }
+}
+
+impl std::fmt::Display for PublishedHash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Stated(hash) => hash.fmt(f),
+            Self::Malformed(text) => f.write_str(text),
+        }
+    }
+}
+
 /// Metadata of one tree whose document is sound.
 #[derive(Debug, Clone)]
 pub struct Metadata {
@@ -143,13 +165,7 @@ impl Metadata {
             Some(entries) => Some(Manifest::from_json(entries)?),
         };
         let text = |key: &str| document.get(key).and_then(Value::as_str);
-        let weights_hash = match document.get("weights_hash") {
-            None | Some(Value::Null) => PublishedHash::None,
-            Some(stated) => match text("weights_hash").and_then(|hash| hash.parse().ok()) {
-                Some(hash) => PublishedHash::Stated(hash),
-                None => PublishedHash::Malformed(stated.to_string()),
-            },
-        };
+        let weights_hash = PublishedHash::from_json(document.get("weights_hash"));
         Ok(Self {
             window,
             tree,

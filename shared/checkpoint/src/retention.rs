@@ -1,6 +1,7 @@
 //! Which cached checkpoints may go. Pure: the caller removes them.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use grail_protocol::ids::CheckpointWindow;
 
@@ -9,6 +10,8 @@ use grail_protocol::ids::CheckpointWindow;
 pub struct Cached {
     pub window: CheckpointWindow,
     pub bytes: u64,
+    /// Time since it was installed.
+    pub age: Duration,
 }
 
 /// What the cache may hold beside the checkpoints in use.
@@ -18,19 +21,23 @@ pub struct RetentionLimits {
     pub checkpoints: usize,
     /// Bytes in total.
     pub bytes: u64,
+    /// Time since the installation; `None` sets no limit.
+    pub max_age: Option<Duration>,
 }
 
 /// The checkpoints to remove, oldest first. Those `in_use` stay whatever the limits say: the active one, its base, and all
-/// that a server or a worker points at. Of the others the newest stay while both limits allow it.
+/// that a server or a worker points at. Of the others the newest stay while all limits allow it.
 #[must_use]
 pub fn removable(
     cached: &[Cached],
     in_use: &BTreeSet<CheckpointWindow>,
-    limits: RetentionLimits,
+    limits: &RetentionLimits,
 ) -> Vec<CheckpointWindow> {
     let (kept, mut others): (Vec<Cached>, Vec<Cached>) =
         cached.iter().partition(|checkpoint| in_use.contains(&checkpoint.window));
     others.sort_unstable_by_key(|checkpoint| std::cmp::Reverse(checkpoint.window));
+    let (mut aged, others): (Vec<Cached>, Vec<Cached>) =
+        others.into_iter().partition(|checkpoint| limits.max_age.is_some_and(|limit| checkpoint.age > limit));
     let mut count = kept.len();
     let mut bytes = kept.iter().fold(0_u64, |sum, checkpoint| sum.saturating_add(checkpoint.bytes));
     let stays = others.iter().take_while(|checkpoint| {
@@ -39,7 +46,9 @@ pub fn removable(
         count <= limits.checkpoints && bytes <= limits.bytes
     });
     let stays = stays.count();
-    others[stays..].iter().rev().map(|checkpoint| checkpoint.window).collect()
+    aged.extend_from_slice(&others[stays..]);
+    aged.sort_unstable_by_key(|checkpoint| checkpoint.window);
+    aged.iter().map(|checkpoint| checkpoint.window).collect()
 }
 
 #[cfg(test)]
@@ -48,16 +57,34 @@ mod tests {
 
     use super::*;
 
+    /// The age of a checkpoint is the distance of its window to 1000, in seconds.
     fn cached(windows: &[u64]) -> Vec<Cached> {
-        windows.iter().map(|window| Cached { window: CheckpointWindow(*window), bytes: 10 }).collect()
+        windows
+            .iter()
+            .map(|window| Cached {
+                window: CheckpointWindow(*window),
+                bytes: 10,
+                age: Duration::from_secs(1000 - window),
+            })
+            .collect()
     }
 
     fn removed(windows: &[u64], in_use: &[u64], checkpoints: usize, bytes: u64) -> Vec<u64> {
+        removed_by(windows, in_use, &RetentionLimits { checkpoints, bytes, max_age: None })
+    }
+
+    fn removed_by(windows: &[u64], in_use: &[u64], limits: &RetentionLimits) -> Vec<u64> {
         let in_use = in_use.iter().copied().map(CheckpointWindow).collect();
-        removable(&cached(windows), &in_use, RetentionLimits { checkpoints, bytes })
-            .into_iter()
-            .map(|window| window.0)
-            .collect()
+        removable(&cached(windows), &in_use, limits).into_iter().map(|window| window.0).collect()
+    }
+
+    #[test]
+    fn the_old_go_even_where_there_is_room() {
+        let limits =
+            RetentionLimits { checkpoints: 9, bytes: 1000, max_age: Some(Duration::from_secs(1000 - 60)) };
+        assert_eq!(removed_by(&[30, 90, 60, 120], &[], &limits), [30]);
+        assert_eq!(removed_by(&[30, 90, 0, 120], &[0], &limits), [30]);
+        assert_eq!(removed_by(&[30, 90, 60, 120], &[], &RetentionLimits { checkpoints: 1, ..limits }), [30, 60, 90]);
     }
 
     #[test]

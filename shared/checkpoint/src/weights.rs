@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -16,6 +17,7 @@ use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::metadata::PublishedHash;
+use crate::mirror::Checksum;
 
 /// Weights in one file.
 pub const SINGLE_FILE: &str = "model.safetensors";
@@ -25,8 +27,8 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Longest index that is read.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
-/// Bytes read at once while tensors are hashed.
-const READ_BYTES: usize = 4 << 20;
+/// Bytes read at once; a multiple of every element's size.
+const READ_BYTES: u64 = 4 << 20;
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
@@ -65,6 +67,14 @@ pub enum HashAgreement {
     Different,
 }
 
+/// What the tensors of a checkpoint are known by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fingerprint {
+    pub weights_hash: WeightsHash,
+    /// [`Checksum`] of every tensor, by name.
+    pub checksums: BTreeMap<String, u64>,
+}
+
 /// Where one tensor's bytes lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorPlace {
@@ -75,6 +85,27 @@ pub struct TensorPlace {
     /// As the header spells it, for instance `BF16`.
     pub dtype: String,
     pub shape: Vec<u64>,
+}
+
+impl TensorPlace {
+    /// Bytes of the tensor.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Bytes of one element.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        // Only known dtypes get past the header.
+        element_bytes(&self.dtype).and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(1)
+    }
+
+    /// Number of elements.
+    #[must_use]
+    pub fn elements(&self) -> u64 {
+        self.bytes / self.width() as u64
+    }
 }
 
 /// The weights files of a folder with their tensor tables.
@@ -97,6 +128,14 @@ impl WeightsFiles {
             (true, false) => Self::open_files(vec![single]),
             (false, true) => Self::open_sharded(folder, &index),
         }
+    }
+
+    /// Opens one weights file and reads its header.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_file(path: &Path) -> Result<Self, WeightsError> {
+        Self::open_files(vec![path.to_path_buf()])
     }
 
     fn open_sharded(folder: &Path, index: &Path) -> Result<Self, WeightsError> {
@@ -181,19 +220,67 @@ impl WeightsFiles {
         }
     }
 
+    /// Hash and checksums of the tensors, from one reading.
+    ///
+    /// # Errors
+    /// [`WeightsError::Io`].
+    pub fn fingerprint(&self) -> Result<Fingerprint, WeightsError> {
+        let mut hash = Xxh3::new();
+        let mut checksums = BTreeMap::new();
+        let mut buffer = Vec::new();
+        for (name, place) in &self.tensors {
+            let mut checksum = Checksum::new(place.width());
+            for piece in self.pieces(place) {
+                self.read_piece(place, piece, &mut buffer)?;
+                hash.update(&buffer);
+                checksum.update(&buffer);
+            }
+            checksums.insert(name.clone(), checksum.finish());
+        }
+        Ok(Fingerprint { weights_hash: WeightsHash(hash.digest128()), checksums })
+    }
+
+    /// One tensor's bytes; `None` if there is no such tensor. Takes the memory of the tensor.
+    ///
+    /// # Errors
+    /// [`WeightsError::Io`].
+    pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, WeightsError> {
+        let Some(place) = self.tensors.get(name) else { return Ok(None) };
+        let mut bytes = Vec::new();
+        self.read_piece(place, 0..place.bytes, &mut bytes)?;
+        Ok(Some(bytes))
+    }
+
+    /// The tensor in pieces of whole elements, as byte ranges.
+    pub(crate) fn pieces(&self, place: &TensorPlace) -> impl Iterator<Item = Range<u64>> + use<> {
+        let bytes = place.bytes;
+        (0..bytes.div_ceil(READ_BYTES)).map(move |piece| {
+            let start = piece * READ_BYTES;
+            start..bytes.min(start + READ_BYTES)
+        })
+    }
+
+    /// Reads a byte range of a tensor; the buffer has its length afterwards.
+    pub(crate) fn read_piece(
+        &self,
+        place: &TensorPlace,
+        piece: Range<u64>,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), WeightsError> {
+        let (path, file) = &self.files[place.file];
+        let io = |source| WeightsError::Io { path: path.clone(), source };
+        let length = usize::try_from(piece.end - piece.start).map_err(|error| io(io::Error::other(error)))?;
+        buffer.resize(length, 0);
+        file.read_exact_at(buffer, place.offset + piece.start).map_err(io)
+    }
+
     fn hash_of<'a>(&self, tensors: impl Iterator<Item = &'a TensorPlace>) -> Result<WeightsHash, WeightsError> {
         let mut hash = Xxh3::new();
-        let mut buffer = vec![0; READ_BYTES];
+        let mut buffer = Vec::new();
         for place in tensors {
-            let (path, file) = &self.files[place.file];
-            let mut done = 0;
-            while done < place.bytes {
-                let wanted = usize::try_from(place.bytes - done).unwrap_or(READ_BYTES).min(READ_BYTES);
-                let piece = &mut buffer[..wanted];
-                file.read_exact_at(piece, place.offset + done)
-                    .map_err(|source| WeightsError::Io { path: path.clone(), source })?;
-                hash.update(piece);
-                done += wanted as u64;
+            for piece in self.pieces(place) {
+                self.read_piece(place, piece, &mut buffer)?;
+                hash.update(&buffer);
             }
         }
         Ok(WeightsHash(hash.digest128()))
