@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use grail_checkpoint::install::Wanted;
 use grail_checkpoint::retention::RetentionLimits;
 use grail_checkpoint::{
-    CheckpointCache, CheckpointStore, ChooseError, InstallError, Installed, Listing, MiningPolicy, StoreError, Wanted,
+    CheckpointCache, CheckpointStore, ChooseError, InstallError, Installed, Listing, MiningPolicy, StoreError,
 };
 use grail_ipc::messages::ChangeSet;
 use grail_process::with_causes;
@@ -171,8 +172,10 @@ impl Checkpoints {
     /// [`CheckpointError`].
     pub async fn obtain(&self, checkpoint: CheckpointWindow) -> Result<Arc<ReadyCheckpoint>, CheckpointError> {
         let _turn = self.0.turn.lock().await;
-        if let Some(ready) = self.known().ready.get(&checkpoint) {
-            return Ok(ready.clone());
+        let ready = self.known().ready.get(&checkpoint).cloned();
+        // One that nobody needed for a while may have left the cache.
+        if let Some(ready) = ready.filter(|ready| ready.installed.folder.exists()) {
+            return Ok(ready);
         }
         let ready = Arc::new(self.prepare(checkpoint).await?);
         let mut known = self.known();

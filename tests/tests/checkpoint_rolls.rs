@@ -66,16 +66,19 @@ impl Trainer {
     }
 
     /// From the first demo checkpoint to the second, or back.
-    fn delta(&self, window: CheckpointWindow, base: CheckpointWindow, ready: u64) {
-        let folders = [&self.demo.first, &self.demo.second].map(Clone::clone);
-        let [base_folder, folder] = if base == FIRST {
-            folders
-        } else {
-            let [a, b] = folders;
-            [b, a]
+    fn delta(&self, window: CheckpointWindow, base_window: CheckpointWindow, ready: u64) {
+        let (first, second) = (&*self.demo.first, &*self.demo.second);
+        let (base_folder, folder) = if base_window == FIRST { (first, second) } else { (second, first) };
+        let delta = DeltaInput {
+            window,
+            folder,
+            base_window,
+            base_folder,
+            anchor: None,
+            format: DeltaFormat::V31,
+            ready: Some(ready),
         };
-        let delta = DeltaInput { base, base_folder, folder, format: DeltaFormat::V31 };
-        self.runtime.block_on(publish_delta(&self.store, window, &delta, &self.input(), ready)).unwrap();
+        self.runtime.block_on(publish_delta(&self.store, &delta, &self.input())).unwrap();
     }
 
     fn object(&self, window: CheckpointWindow, name: &str) -> PathBuf {

@@ -64,20 +64,28 @@ impl CheckpointStore {
             Coding::Gzip => self.download_compressed(&located, cap, target, meter).await?,
         };
         let seconds = started.elapsed().as_secs_f64();
-        tracing::debug!(key = located.name, bytes = located.size, seconds,
-            bytes_per_second = located.size as f64 / seconds, "Object downloaded.");
+        tracing::debug!(
+            key = located.name,
+            bytes = located.size,
+            seconds,
+            bytes_per_second = located.size as f64 / seconds,
+            "Object downloaded."
+        );
         Ok(fetched)
     }
 
     async fn download_ranges(&self, located: &Located, target: &Path, meter: &Meter) -> Result<Fetched, StoreError> {
-        let version =
-            ObjectVersion { key: located.name.clone(), size: located.size, e_tag: located.e_tag.clone() };
+        let version = ObjectVersion { key: located.name.clone(), size: located.size, e_tag: located.e_tag.clone() };
         let ledger = Ledger::open(target, version, self.limits.range_bytes);
         let write_error = |source| StoreError::write(target, source);
         let file = Arc::new(open_target(target, &ledger, located.size).map_err(write_error)?);
         if !ledger.done().is_empty() {
-            tracing::info!(key = located.name, bytes = ledger.done_bytes(), of = located.size,
-                "A download that was interrupted goes on.");
+            tracing::info!(
+                key = located.name,
+                bytes = ledger.done_bytes(),
+                of = located.size,
+                "A download that was interrupted goes on."
+            );
         }
         meter.add(ledger.done_bytes());
         let missing: Vec<(u64, Range<u64>)> =
