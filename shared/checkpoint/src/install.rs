@@ -5,7 +5,6 @@ mod error;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
 use grail_protocol::ids::CheckpointWindow;
