@@ -9,6 +9,7 @@ use grail_process::ExitCode;
 use grail_telemetry::{Format, Options};
 
 use crate::profile::{Lengths, Shape};
+use crate::torch::Shadow;
 
 static EXIT_CODES: LazyLock<String> = LazyLock::new(ExitCode::table);
 
@@ -107,6 +108,9 @@ pub struct ServeArguments {
     /// Inherited descriptor that holds the slot's token
     #[arg(long, value_name = "FD")]
     pub token_fd: Option<i32>,
+    /// Whether a reload may have a second copy of the weights for its time
+    #[arg(long, env = "GRAIL_RELOAD_SHADOW", value_name = "WHEN", value_enum, default_value_t)]
+    pub reload_shadow: Shadow,
     #[command(flatten)]
     pub model: ModelArguments,
 }

@@ -7,12 +7,14 @@ pub mod cli;
 pub mod compute;
 mod error;
 mod fault;
+mod prepare;
 pub mod profile;
 pub mod prove_file;
 pub mod prover;
 pub mod serve;
 mod session;
 pub mod torch;
+mod torch_reload;
 
 pub use error::WorkerError;
 

@@ -1,6 +1,7 @@
 //! The prover that computes with libtorch.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use grail_ipc::jobs::{GroupProof, MemberProof, ProveJob, RowFacts, VerifyJob};
 use grail_model::{Device, Dtype, LoadOptions, ProofModel, ProveError, ProveInput, VerifyInput, gpu, set_threads};
@@ -10,7 +11,8 @@ use tokio::time::Instant;
 
 use crate::cli::{DEFAULT_BATCH_TOKENS, ModelArguments};
 use crate::error::WorkerError;
-use crate::prover::{ComputeError, Loader, Prover};
+use crate::prover::{ComputeError, Loader, Prover, Reloader};
+use crate::torch_reload::{Slot, TorchReloader};
 
 /// Loads checkpoints to one device in one precision.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +20,19 @@ pub struct TorchLoader {
     device: Device,
     dtype: Option<Dtype>,
     batch_tokens: u32,
+    shadow: Shadow,
+}
+
+/// Whether a reload may have a second copy of the weights for its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Shadow {
+    /// If the device has memory for it.
+    #[default]
+    Auto,
+    /// In any case; without memory the reload fails.
+    Always,
+    /// In no case: weights are changed where they lie, and nothing is proved meanwhile.
+    Never,
 }
 
 impl TorchLoader {
@@ -44,7 +59,13 @@ impl TorchLoader {
                 return Err(WorkerError::NoDevice { device, support });
             }
         }
-        Ok(Self { device, dtype, batch_tokens: DEFAULT_BATCH_TOKENS })
+        Ok(Self { device, dtype, batch_tokens: DEFAULT_BATCH_TOKENS, shadow: Shadow::Auto })
+    }
+
+    /// The same with another choice for reloads.
+    #[must_use]
+    pub const fn with_shadow(self, shadow: Shadow) -> Self {
+        Self { shadow, ..self }
     }
 
     /// The model itself.
@@ -63,31 +84,38 @@ impl TorchLoader {
 
 impl Loader for TorchLoader {
     fn load(&self, folder: &Path) -> Result<Box<dyn Prover>, WorkerError> {
-        Ok(Box::new(TorchProver::new(self.load_model(folder)?)))
+        Ok(Box::new(TorchProver::new(self.load_model(folder)?).with_shadow(self.shadow)))
     }
 }
 
 /// A model that proves what the protocol asks.
 #[derive(Debug)]
 pub struct TorchProver {
-    model: ProofModel,
+    slot: Arc<Slot>,
+    shadow: Shadow,
 }
 
 impl TorchProver {
     /// Proves with `model`.
     #[must_use]
-    pub const fn new(model: ProofModel) -> Self {
-        Self { model }
+    pub fn new(model: ProofModel) -> Self {
+        Self { slot: Arc::new(Slot::new(model)), shadow: Shadow::Auto }
+    }
+
+    /// The same with another choice for reloads.
+    #[must_use]
+    pub fn with_shadow(self, shadow: Shadow) -> Self {
+        Self { shadow, ..self }
     }
 }
 
 impl Prover for TorchProver {
     fn weights(&self) -> WeightsHash {
-        self.model.weights_hash()
+        self.slot.model().weights_hash()
     }
 
     fn device(&self) -> String {
-        self.model.device().to_string()
+        self.slot.model().device().to_string()
     }
 
     fn prove(&self, job: &ProveJob) -> Result<GroupProof, ComputeError> {
@@ -99,7 +127,7 @@ impl Prover for TorchProver {
             coefficients: &coefficients,
             eos_token: job.eos_token,
         };
-        let output = self.model.prove(&input).map_err(refused)?;
+        let output = self.slot.model().prove(&input).map_err(refused)?;
         let members = output
             .completions
             .into_iter()
@@ -134,7 +162,7 @@ impl Prover for TorchProver {
                 eos_token: row.eos_token,
             })
             .collect();
-        let outputs = self.model.verify(&inputs).map_err(refused)?;
+        let outputs = self.slot.model().verify(&inputs).map_err(refused)?;
         Ok(outputs
             .into_iter()
             .map(|output| RowFacts {
@@ -144,6 +172,10 @@ impl Prover for TorchProver {
                 chosen_probabilities: output.chosen_probabilities,
             })
             .collect())
+    }
+
+    fn reloader(&self) -> Box<dyn Reloader> {
+        Box::new(TorchReloader::new(Arc::clone(&self.slot), self.shadow))
     }
 }
 

@@ -10,8 +10,8 @@ use grail_protocol::randomness::ChallengeRandomness;
 use grail_telemetry::{Format, Options};
 
 use crate::cli::{
-    self, CheckpointCommand, Cli, Command, ConfigArgs, LocalDevice, MineArgs, ReloadArgs, SlotArgs, StateArgs, StatusArgs,
-    StopArgs, VerifyArgs,
+    self, CheckpointCommand, Cli, Command, ConfigArgs, LocalDevice, MineArgs, ReloadArgs, SlotArgs, StateArgs,
+    StatusArgs, StopArgs, VerifyArgs,
 };
 use crate::commands::checkpoint::{self, Extent, PruneMode, Site};
 use crate::commands::control::{self, Form, Wait, Whereabouts};

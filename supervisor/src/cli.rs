@@ -421,7 +421,8 @@ mod tests {
     #[test]
     fn help_texts() {
         insta::assert_snapshot!("help", long_help(&[]));
-        for name in ["mine", "verify", "status", "restart", "reload-checkpoint", "stop", "config", "completions", "man"] {
+        for name in ["mine", "verify", "status", "restart", "reload-checkpoint", "stop", "config", "completions", "man"]
+        {
             insta::assert_snapshot!(format!("help_{name}"), long_help(&[name]));
         }
         insta::assert_snapshot!("help_checkpoint", long_help(&["checkpoint"]));
@@ -462,7 +463,8 @@ mod tests {
 
     #[test]
     fn limits_of_prune_stand_for_their_variables() {
-        let words = ["checkpoint", "prune", "--keep", "2", "--max-gib", "9", "--max-age-days", "3", "--state-dir", "/s"];
+        let words =
+            ["checkpoint", "prune", "--keep", "2", "--max-gib", "9", "--max-age-days", "3", "--state-dir", "/s"];
         let Command::Checkpoint(args) = parse(&words).unwrap().command else { panic!("checkpoint was asked for") };
         let values = args.command.flag_values();
         let texts: Vec<_> = values.iter().map(|value| (value.variable, value.value.as_str())).collect();

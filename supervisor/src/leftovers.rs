@@ -19,8 +19,11 @@ use crate::progress::LastUpload;
 use crate::spool;
 
 /// Folders of a state directory whose files belong to one window each, and how those files end.
-const WINDOW_FILES: [(&str, &[&str]); 3] =
-    [("spool", &[".spool", ".torn", ".aside"]), ("windows", &[".parquet", ".parquet.context.json"]), ("randomness", &[".json"])];
+const WINDOW_FILES: [(&str, &[&str]); 3] = [
+    ("spool", &[".spool", ".torn", ".aside"]),
+    ("windows", &[".parquet", ".parquet.context.json"]),
+    ("randomness", &[".json"]),
+];
 
 /// Folder of jobs that killed workers, kept for inspection.
 pub const POISONOUS: &str = "poisonous";

@@ -178,6 +178,7 @@ impl Miner {
             return Ok(());
         }
         let checkpoint = self.checkpoints.for_window(window).await.map_err(MineError::FirstCheckpoint)?;
+        self.checkpoints.activate(checkpoint.installed.window).await;
         Ok(self.fleet.roll(&checkpoint).await?)
     }
 

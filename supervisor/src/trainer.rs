@@ -77,15 +77,18 @@ impl LocalTrainer {
             return Ok(());
         }
         let delta = DeltaInput {
-            base: FIRST_CHECKPOINT,
-            base_folder: self.demo.first.clone(),
-            folder: self.demo.second.clone(),
+            window: checkpoint,
+            folder: &self.demo.second,
+            base_window: FIRST_CHECKPOINT,
+            base_folder: &self.demo.first,
+            anchor: Some(FIRST_CHECKPOINT),
             format: DeltaFormat::V31,
+            ready: Some(ready),
         };
-        let published = publish_delta(&self.store, checkpoint, &delta, &self.input(checkpoint), ready)
+        let published = publish_delta(&self.store, &delta, &self.input(checkpoint))
             .await
             .map_err(|source| TrainerError::Publish { checkpoint, source })?;
-        tracing::info!(%checkpoint, base = %FIRST_CHECKPOINT, ready, changed = published.changed,
+        tracing::info!(%checkpoint, base = %FIRST_CHECKPOINT, ready, changed = published.listed,
             elements = published.elements, bytes = published.bytes, "The local trainer published a DELTA checkpoint.");
         Ok(())
     }

@@ -20,8 +20,8 @@ use crate::mirror::ChangeSet;
 use crate::signature::SignatureDefect;
 use crate::weights::{HashAgreement, WeightsError};
 
-use folder::remove_folder;
 pub(crate) use folder::PartialFolder;
+use folder::remove_folder;
 pub use housekeeping::{CachedContents, CachedSummary, Hold, Pruned};
 pub use record::MadeFrom;
 pub(crate) use record::{Record, published_hash, read_document};
@@ -83,13 +83,19 @@ pub struct Installed {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Notice {
-    #[error("the trainer has published other weights or files under this checkpoint since it was installed ({now}, was {was}); the first version is kept")]
+    #[error(
+        "the trainer has published other weights or files under this checkpoint since it was installed ({now}, was {was}); the first version is kept"
+    )]
     RepublishedKept { was: String, now: String },
-    #[error("the trainer has published other weights or files under this checkpoint since it was installed ({now}, was {was}); the new version replaces it")]
+    #[error(
+        "the trainer has published other weights or files under this checkpoint since it was installed ({now}, was {was}); the new version replaces it"
+    )]
     RepublishedTaken { was: String, now: String },
     #[error("the {tree} metadata is not signed by the trainer: {defect}; validators do not check that")]
     Signature { tree: Tree, defect: SignatureDefect },
-    #[error("the weights hash differs from the published one although every file is as published; validators run these files")]
+    #[error(
+        "the weights hash differs from the published one although every file is as published; validators run these files"
+    )]
     HashDiffers,
     #[error("no weights hash was published; the weights rest on the sha256 of what was downloaded")]
     HashNotPublished,

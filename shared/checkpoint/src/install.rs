@@ -2,10 +2,10 @@
 
 mod build;
 mod error;
+mod preview;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
 use grail_protocol::ids::CheckpointWindow;
@@ -26,6 +26,7 @@ use crate::store::{CheckpointStore, Listing};
 use crate::weights::HashAgreement;
 
 pub use error::{ChainError, FailureClass, InstallError, MetadataErrorOfTrees};
+pub use preview::{KnownRoutes, RouteBase, RouteSummary};
 
 /// What the caller wants beside the checkpoint.
 #[derive(Clone, Debug, Default)]
@@ -222,7 +223,8 @@ impl Job<'_> {
         let published = full.clone();
         let weights = folder.clone();
         let record = tokio::task::spawn_blocking(move || Record::compute(&weights, &published)).await;
-        let record = record.expect("hashing does not panic").map_err(|source| InstallError::Weights { window, source })?;
+        let record =
+            record.expect("hashing does not panic").map_err(|source| InstallError::Weights { window, source })?;
         let record = Record { made_from: MadeFrom::Full, changes: None, ..record };
         let metadata = write_document(&folder, full, &record, &manifest)?;
         Ok(Made { partial: self.cache.adopt(&folder, window)?, metadata, record })
@@ -339,8 +341,8 @@ fn write_document(
     let written = std::fs::write(&path, &text).and_then(|()| durable::sync_file(&path));
     written.map_err(|source| CacheError::io(&path, source))?;
     Metadata::parse(&text, window, Tree::Full).map_err(|error| {
-        let published = Published { window, full: Err(error), delta: Err(crate::metadata::MetadataError::NotPublished) };
+        let published =
+            Published { window, full: Err(error), delta: Err(crate::metadata::MetadataError::NotPublished) };
         InstallError::metadata(&published)
     })
 }
-

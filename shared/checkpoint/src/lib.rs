@@ -14,31 +14,40 @@
 pub mod cache;
 pub mod delta;
 pub mod durable;
+mod fetch;
 pub mod install;
 pub mod layout;
 pub mod manifest;
 pub mod metadata;
 pub mod mirror;
 pub mod policy;
+pub mod progress;
 pub mod publish;
 mod python;
 pub mod ready;
 pub mod retention;
+mod routes;
+pub mod signature;
 mod sink;
 pub mod store;
 pub mod weights;
 
-pub use cache::{CacheError, CheckpointCache, Installed};
+pub use cache::{
+    CacheError, CachedContents, CachedSummary, CheckpointCache, Hold, Installed, MadeFrom, Notice, Pruned,
+};
 pub use delta::{Delta, DeltaClass, DeltaError, DeltaFormat, DeltaMetadata, Shapes};
-pub use install::InstallError;
+pub use install::{ChainError, FailureClass, InstallError, KnownRoutes, RouteBase, RouteSummary, Wanted};
 pub use layout::Tree;
 pub use manifest::{Manifest, Sha256Digest};
 pub use metadata::{Metadata, MetadataError, Published, Verdict};
 pub use mirror::{ChangeSet, Mirror, MirrorError, MirrorPlan};
 pub use policy::{EnvironmentParams, GenerationParams, MiningPolicy, PolicyDefect, ThinkingModeName};
+pub use progress::{Progress, ProgressFn};
 pub use publish::{
     DeltaInput, MetadataInput, PublishError, PublishedDelta, PublishedFull, publish_delta, publish_full,
 };
 pub use ready::{Choice, resolve};
-pub use store::{CheckpointStore, ChooseError, Limits, Listing, StoreError};
+pub use retention::RetentionLimits;
+pub use signature::{SignatureCheck, SignatureDefect};
+pub use store::{CheckpointStore, ChooseError, Limits, Listing, RetryLimits, StoreError};
 pub use weights::{Fingerprint, HashAgreement, WeightsError, WeightsFiles};

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use grail_protocol::ids::{CheckpointWindow, WeightsHash};
 use serde_json::{Map, json};
 
+pub(crate) use carry::belongs_to_weights;
 pub use carry::carry_files;
 pub use change_set::{CHANGES_FOLDER, ChangeSet};
 pub use checksum::{Checksum, checksums_from_json, checksums_to_json};

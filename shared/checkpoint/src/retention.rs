@@ -80,8 +80,7 @@ mod tests {
 
     #[test]
     fn the_old_go_even_where_there_is_room() {
-        let limits =
-            RetentionLimits { checkpoints: 9, bytes: 1000, max_age: Some(Duration::from_secs(1000 - 60)) };
+        let limits = RetentionLimits { checkpoints: 9, bytes: 1000, max_age: Some(Duration::from_secs(1000 - 60)) };
         assert_eq!(removed_by(&[30, 90, 60, 120], &[], &limits), [30]);
         assert_eq!(removed_by(&[30, 90, 0, 120], &[0], &limits), [30]);
         assert_eq!(removed_by(&[30, 90, 60, 120], &[], &RetentionLimits { checkpoints: 1, ..limits }), [30, 60, 90]);

@@ -148,7 +148,8 @@ impl<'a> Routes<'a> {
         let full_bytes = self.open.iter().find(|route| route.deltas.is_empty()).map_or(u64::MAX, |route| route.bytes);
         let cheapest = self.open.iter().enumerate().min_by_key(|(_, route)| {
             // What is in use can be rolled on from in place, which saves more than a few bytes less to fetch.
-            let in_use = self.preferred.is_some_and(|window| matches!(route.base, Base::Cached(base) if base == window));
+            let in_use =
+                self.preferred.is_some_and(|window| matches!(route.base, Base::Cached(base) if base == window));
             (!(in_use && route.bytes <= full_bytes), route.bytes, route.deltas.len())
         })?;
         let index = cheapest.0;
@@ -203,12 +204,13 @@ impl<'a> Routes<'a> {
     /// Follows the chain until it has found a base that is as good as any behind it.
     async fn look_further(&mut self) {
         while let Some(mut walk) = self.walk.take() {
-            if let Some(base) = &walk.looked_at
+            let found = walk.looked_at.as_ref().map(|base| base.found.is_some());
+            if let Some(found) = found
                 && let Err(error) = walk.go_on(self.store, self.listing, self.target).await
             {
                 // A chain ends where it has no more deltas; that is a defect only if it found nothing to stand on there.
                 let is_end = matches!(error, InstallError::Chain { source: ChainError::Hole { .. }, .. });
-                if !(is_end && base.found.is_some()) {
+                if !(is_end && found) {
                     self.failures.push(error);
                 }
                 return;

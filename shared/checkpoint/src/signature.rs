@@ -8,9 +8,11 @@ use grail_protocol::json::{self, Style};
 
 use crate::metadata::Metadata;
 
+type Verify = dyn Fn(&[u8], &str) -> bool + Send + Sync;
+
 /// Verifies a signature (hexadecimal, as published) over a message with the trainer's key.
 #[derive(Clone)]
-pub struct SignatureCheck(Arc<dyn Fn(&[u8], &str) -> bool + Send + Sync>);
+pub struct SignatureCheck(Arc<Verify>);
 
 impl SignatureCheck {
     /// A check by `verify(message, signature)`.

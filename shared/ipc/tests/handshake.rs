@@ -81,7 +81,7 @@ async fn a_good_handshake_gives_both_ends_a_connection() {
 #[tokio::test]
 async fn a_wrong_hello_is_refused_and_the_worker_sees_a_hang_up() {
     let cases: [(Hello, &str); 5] = [
-        (Hello { protocol: 99, build: "9.9".into(), ..hello() }, "protocol 99 (build 9.9), this build speaks 1"),
+        (Hello { protocol: 99, build: "9.9".into(), ..hello() }, "protocol 99 (build 9.9), this build speaks 2"),
         (Hello { token: vec![6; 32], ..hello() }, "token of slot 1"),
         (Hello { token: vec![], ..hello() }, "token of slot 1"),
         (Hello { slot: SlotId(2), ..hello() }, "peer is slot 2, slot 1 was started"),
@@ -106,7 +106,7 @@ async fn whoever_stands_alone_is_asked_for_the_version_only() {
 #[tokio::test]
 async fn a_supervisor_of_another_version_or_epoch_is_refused_by_the_worker() {
     let wrong = [
-        (Welcome { protocol: 7, build: "7.0".into(), epoch: Epoch(4) }, "protocol 7 (build 7.0), this build speaks 1"),
+        (Welcome { protocol: 7, build: "7.0".into(), epoch: Epoch(4) }, "protocol 7 (build 7.0), this build speaks 2"),
         (Welcome { protocol: PROTOCOL_VERSION, build: String::new(), epoch: Epoch(5) }, "incarnation 5, 4 was started"),
     ];
     for (welcome, text) in wrong {

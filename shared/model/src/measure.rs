@@ -68,8 +68,24 @@ pub struct DeviceMemory {
 /// libtorch keeps what it once allocated, so this is the peak, not what the last pass left.
 #[must_use]
 pub fn cuda_memory() -> Option<DeviceMemory> {
-    let (free, total) = crate::ffi::cuda_memory()?;
+    let (free, total) = crate::ffi::cuda_memory(None)?;
     Some(DeviceMemory { used_bytes: (total.saturating_sub(free)) as u64, total_bytes: total as u64 })
+}
+
+/// Bytes that could still be allocated where a model lies: the driver's count on a GPU, the kernel's `MemAvailable` on a CPU.
+///
+/// What libtorch keeps of freed GPU memory counts as in use. `None` where nobody says.
+#[must_use]
+pub fn free_memory(device: Device) -> Option<u64> {
+    match device {
+        Device::Cpu => {
+            let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+            let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+            let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+            kib.checked_mul(1_024)
+        }
+        Device::Cuda(index) => Some(crate::ffi::cuda_memory(Some(index))?.0 as u64),
+    }
 }
 
 #[cfg(test)]
@@ -82,6 +98,7 @@ mod tests {
             let measured = MatrixProduct::measure(Device::Cpu, dtype, 64).unwrap();
             assert!(measured.time > Duration::ZERO && measured.flop_per_second() > 0.0);
         }
+        assert!(free_memory(Device::Cpu).unwrap() > 0);
         let one_second = MatrixProduct { size: 100, time: Duration::from_secs(1) };
         assert!((one_second.flop_per_second() - 2e6).abs() < 1.0);
     }

@@ -200,11 +200,15 @@ impl PruneArgs {
 }
 
 fn checkpoint_window(text: &str) -> Result<CheckpointWindow, String> {
-    text.parse().map(CheckpointWindow).map_err(|_| "the window of a checkpoint is expected, for instance 3000".to_owned())
+    text.parse()
+        .map(CheckpointWindow)
+        .map_err(|_| "the window of a checkpoint is expected, for instance 3000".to_owned())
 }
 
 fn window_start(text: &str) -> Result<WindowStart, String> {
-    let block: u64 = text.parse().map_err(|_| "the first block of a window is expected, for instance 3000".to_owned())?;
+    let block: u64 =
+        text.parse().map_err(|_| "the first block of a window is expected, for instance 3000".to_owned())?;
     let containing = || WindowStart::containing(BlockNumber(block));
-    WindowStart::try_from(block).map_err(|_| format!("no window begins there: block {block} is in window {}", containing()))
+    WindowStart::try_from(block)
+        .map_err(|_| format!("no window begins there: block {block} is in window {}", containing()))
 }

@@ -95,7 +95,9 @@ pub async fn reload_checkpoint(
     let who = slot.map_or_else(|| "all slots and the generation server".to_owned(), |slot| format!("slot {slot}"));
     match form {
         Form::Text => Ok(format!("{who}: the order was taken; `grail-supervisor status` shows how it goes on\n")),
-        Form::Json => document(&json!({ "schema": SCHEMA, "slot": slot, "command": "reload-checkpoint", "accepted": true })),
+        Form::Json => {
+            document(&json!({ "schema": SCHEMA, "slot": slot, "command": "reload-checkpoint", "accepted": true }))
+        }
     }
 }
 

@@ -139,12 +139,8 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
     let cache = CheckpointCache::open(state.checkpoints())?;
     let checkpoints = Checkpoints::new(checkpoint_store, cache, settings.keep_checkpoints);
     let fleet = Fleet::new(fleet_settings(settings, delegation)?, notes.clone(), progress.clone());
-    let prefetcher = Prefetcher {
-        checkpoints: checkpoints.clone(),
-        chain: chain.clone(),
-        fleet: fleet.handle(),
-        journal: notes,
-    };
+    let prefetcher =
+        Prefetcher { checkpoints: checkpoints.clone(), chain: chain.clone(), fleet: fleet.handle(), journal: notes };
     let miner = Miner {
         checkpoints,
         environments: EnvironmentSource::new(demo.dataset_rows),

@@ -377,7 +377,7 @@ fn retention(resolver: &mut Resolver) -> RetentionLimits {
     RetentionLimits {
         checkpoints: usize::try_from(checkpoints).unwrap_or(usize::MAX),
         bytes: if gib == 0 { u64::MAX } else { gib << 30 },
-        max_age: Duration::from_secs(days * SECONDS_PER_DAY),
+        max_age: Some(Duration::from_secs(days * SECONDS_PER_DAY)),
     }
 }
 

@@ -281,8 +281,16 @@ pub const SECTIONS: &[Section] = &[
                 "4",
                 "Checkpoints that the cache keeps, those in use among them, which always stay.",
             ),
-            with_default("GRAIL_KEEP_CHECKPOINTS_GIB", "0", "Size above which the cache drops old checkpoints; 0 = none."),
-            with_default("GRAIL_KEEP_CHECKPOINTS_DAYS", "7", "Days after which a checkpoint that is not in use is removed."),
+            with_default(
+                "GRAIL_KEEP_CHECKPOINTS_GIB",
+                "0",
+                "Size above which the cache drops old checkpoints; 0 = none.",
+            ),
+            with_default(
+                "GRAIL_KEEP_CHECKPOINTS_DAYS",
+                "7",
+                "Days after which a checkpoint that is not in use is removed.",
+            ),
         ],
     },
     Section {

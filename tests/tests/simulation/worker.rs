@@ -13,7 +13,7 @@ use grail_process::cause::{DeathCause, ExitCause};
 use grail_process::{Exit, Incarnation, NotReady, Process, Role, Signal, StartError, StopPlan};
 use grail_protocol::constants::PRIME_Q;
 use grail_protocol::ids::{TokenId, WeightsHash};
-use grail_supervisor::fleet::{Heartbeat, SlotFacts, WorkerLink, watch_worker};
+use grail_supervisor::fleet::{Heartbeat, SlotFacts, Target, WorkerLink, watch_worker};
 use tokio::sync::{Mutex, Notify, watch};
 
 use crate::schedule::{WorkerFault, derived};

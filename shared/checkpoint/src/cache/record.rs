@@ -117,10 +117,9 @@ impl Record {
             weights_hash: self.weights_hash,
             agreement: self.agreement,
             // The folder may have had another name when the record was made.
-            changes: self.changes.map(|changes| ChangeSet {
-                file: folder.join(ChangeSet::file_name(changes.base_window)),
-                ..changes
-            }),
+            changes: self
+                .changes
+                .map(|changes| ChangeSet { file: folder.join(ChangeSet::file_name(changes.base_window)), ..changes }),
             checksums: self.checksums,
             made_from: self.made_from,
             metadata,

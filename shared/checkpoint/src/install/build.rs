@@ -126,13 +126,8 @@ fn build(
     let deltas: Vec<Delta> =
         fetched.iter().map(|delta| delta.open(&shapes, target)).collect::<Result<_, InstallError>>()?;
     let mut files = carry_files(&base.folder, &required(&base.metadata)?, target).map_err(mirror_error)?;
-    let plan = MirrorPlan {
-        base: &weights,
-        base_window: base.window,
-        base_hash: base.weights_hash,
-        deltas: &deltas,
-        target,
-    };
+    let plan =
+        MirrorPlan { base: &weights, base_window: base.window, base_hash: base.weights_hash, deltas: &deltas, target };
     let made = mirror::build(&plan).map_err(mirror_error)?;
     files.extend(made.files.iter().cloned());
     let weights_error = |source| InstallError::Weights { window, source };

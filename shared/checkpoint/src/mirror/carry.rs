@@ -27,7 +27,7 @@ pub fn carry_files(
 }
 
 /// Loaders go by whatever index or shard they find, so not one of the base's may be left beside the new file.
-fn belongs_to_weights(name: &str) -> bool {
+pub(crate) fn belongs_to_weights(name: &str) -> bool {
     name.ends_with(".safetensors")
         || name.ends_with(".safetensors.index.json")
         || name.strip_prefix(CHANGES_FOLDER).is_some_and(|rest| rest.starts_with('/'))

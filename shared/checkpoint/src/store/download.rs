@@ -64,32 +64,37 @@ impl CheckpointStore {
             Coding::Gzip => self.download_compressed(&located, cap, target, meter).await?,
         };
         let seconds = started.elapsed().as_secs_f64();
-        tracing::debug!(key = located.name, bytes = located.size, seconds,
-            bytes_per_second = located.size as f64 / seconds, "Object downloaded.");
+        tracing::debug!(
+            key = located.name,
+            bytes = located.size,
+            seconds,
+            bytes_per_second = located.size as f64 / seconds,
+            "Object downloaded."
+        );
         Ok(fetched)
     }
 
     async fn download_ranges(&self, located: &Located, target: &Path, meter: &Meter) -> Result<Fetched, StoreError> {
-        let version =
-            ObjectVersion { key: located.name.clone(), size: located.size, e_tag: located.e_tag.clone() };
+        let version = ObjectVersion { key: located.name.clone(), size: located.size, e_tag: located.e_tag.clone() };
         let ledger = Ledger::open(target, version, self.limits.range_bytes);
         let write_error = |source| StoreError::write(target, source);
         let file = Arc::new(open_target(target, &ledger, located.size).map_err(write_error)?);
         if !ledger.done().is_empty() {
-            tracing::info!(key = located.name, bytes = ledger.done_bytes(), of = located.size,
-                "A download that was interrupted goes on.");
+            tracing::info!(
+                key = located.name,
+                bytes = ledger.done_bytes(),
+                of = located.size,
+                "A download that was interrupted goes on."
+            );
         }
         meter.add(ledger.done_bytes());
         let missing: Vec<(u64, Range<u64>)> =
             ledger.missing().into_iter().map(|number| (number, ledger.range(number))).collect();
         let spans: Vec<Range<u64>> = (0..ledger.ranges()).map(|number| ledger.range(number)).collect();
         let (written, queue) = blocking::channel();
-        for number in ledger.done() {
-            // The receiver is still here.
-            drop(written.send(*number));
-        }
+        let done: Vec<u64> = ledger.done().iter().copied().collect();
         let hashed = file.clone();
-        let hasher = tokio::task::spawn_blocking(move || hash_in_order(&hashed, &spans, &queue));
+        let hasher = tokio::task::spawn_blocking(move || hash_in_order(&hashed, &spans, done.into_iter().chain(queue)));
         let (pieces, queue) = mpsc::channel(QUEUED_PIECES);
         let writer = tokio::task::spawn_blocking(move || write_pieces(&file, ledger, queue, &written));
 
@@ -191,9 +196,13 @@ impl CheckpointStore {
         let mut received = Ok(());
         loop {
             match self.next_piece(&located.name, &mut body).await {
-                Ok(Some(piece)) if pieces.send(piece).await.is_ok() => {}
-                // No more pieces, or the writer hung up: its own error says why.
-                Ok(_) => break,
+                Ok(Some(piece)) => {
+                    // The writer hung up: its own error says why.
+                    if pieces.send(piece).await.is_err() {
+                        break;
+                    }
+                }
+                Ok(None) => break,
                 Err(error) => {
                     received = Err(error);
                     break;
@@ -235,7 +244,9 @@ fn write_pieces(
             Queued::RangeEnds(number) => {
                 ledger.mark(number)?;
                 // A hasher that is gone has an error of its own.
-                drop(written.send(number));
+                if written.send(number).is_err() {
+                    break;
+                }
             }
         }
     }
@@ -244,12 +255,12 @@ fn write_pieces(
 
 /// Hashes ranges in their order as they are written, and syncs the file once all of them are. After fewer, the digest is of
 /// the part before the first gap and of no use.
-fn hash_in_order(file: &File, spans: &[Range<u64>], written: &blocking::Receiver<u64>) -> io::Result<Sha256Digest> {
+fn hash_in_order(file: &File, spans: &[Range<u64>], written: impl Iterator<Item = u64>) -> io::Result<Sha256Digest> {
     let mut hash = Sha256::new();
     let mut here = vec![false; spans.len()];
     let mut next = 0;
     let mut buffer = vec![0; READ_BYTES];
-    while let Ok(number) = written.recv() {
+    for number in written {
         if let Some(slot) = usize::try_from(number).ok().and_then(|number| here.get_mut(number)) {
             *slot = true;
         }

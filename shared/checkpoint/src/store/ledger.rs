@@ -153,7 +153,8 @@ mod tests {
 
         let again = Ledger::open(&target, object("a"), 4);
         assert_eq!((again.missing(), again.done_bytes()), (vec![0, 1], 2));
-        for (other, range_bytes) in [(object("b"), 4), (object("a"), 5), (ObjectVersion { size: 11, ..object("a") }, 4)] {
+        for (other, range_bytes) in [(object("b"), 4), (object("a"), 5), (ObjectVersion { size: 11, ..object("a") }, 4)]
+        {
             assert!(Ledger::open(&target, other, range_bytes).done().is_empty());
         }
         file(&folder, 9);
@@ -164,7 +165,8 @@ mod tests {
     fn a_damaged_sidecar_is_as_good_as_none() {
         let folder = tempfile::tempdir().unwrap();
         let target = file(&folder, 10);
-        for text in ["", "{", "{\"object\":{\"key\":\"k\",\"size\":10,\"e_tag\":\"a\"},\"range_bytes\":4,\"done\":[3]}"] {
+        for text in ["", "{", "{\"object\":{\"key\":\"k\",\"size\":10,\"e_tag\":\"a\"},\"range_bytes\":4,\"done\":[3]}"]
+        {
             std::fs::write(sidecar(&target), text).unwrap();
             assert!(Ledger::open(&target, object("a"), 4).done().is_empty(), "{text}");
         }

@@ -104,8 +104,12 @@ impl<'a> Retries<'a> {
             return Err(error);
         }
         let wait = self.limits.wait(self.failures, random_fraction());
-        tracing::debug!(error = &error as &dyn std::error::Error, failures = self.failures,
-            wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX), "Asking the store again.");
+        tracing::debug!(
+            error = &error as &dyn std::error::Error,
+            failures = self.failures,
+            wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+            "Asking the store again."
+        );
         tokio::time::sleep(wait).await;
         Ok(())
     }

@@ -1,7 +1,9 @@
 //! A checkpoint in memory, and a store that fails where a test wants it to.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::future::Future;
+use std::ops::Range;
 use std::path::Path as FilePath;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,14 +15,15 @@ use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 use grail_checkpoint::layout::{Tree, object_key};
 use grail_checkpoint::{
-    CheckpointStore, GenerationParams, Limits, MetadataInput, PublishedFull, ThinkingModeName, publish_full,
+    CheckpointStore, GenerationParams, Limits, MetadataInput, PublishedFull, RetryLimits, ThinkingModeName,
+    publish_full,
 };
 use grail_protocol::ids::{CheckpointWindow, WindowStart};
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+    CopyOptions, GetOptions, GetRange, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
+    ObjectStore, ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 
 pub const WINDOW: CheckpointWindow = CheckpointWindow(300);
@@ -28,32 +31,74 @@ pub const WINDOW: CheckpointWindow = CheckpointWindow(300);
 /// What the store does wrong.
 #[derive(Clone, Debug)]
 pub enum Fault {
-    /// The listing ends in an error after `pages` objects.
-    ListBreaks { objects: usize },
+    /// The listing ends in an error after `objects` objects, the first `times` times.
+    ListBreaks { objects: usize, times: usize },
     /// Bodies of `key` end after `bytes`, without an error.
     Cut { key: String, bytes: usize },
+    /// Bodies of `key` break off after `bytes` with an error.
+    Reset { key: String, bytes: usize },
+    /// The first `times` requests for `key` are answered with a server's error.
+    Failing { key: String, times: usize },
     /// Bodies of `key` never come.
     Silent { key: String },
     /// The first body of `key` has one bit wrong.
     DamagedOnce { key: String },
+    /// `key` is another object from its second body on.
+    Replaced { key: String, with: Bytes },
+    /// `key` is gone once its body is asked for, although it was listed.
+    Vanishing { key: String },
+    /// After this many bodies nothing answers any more, except for the sizes of objects.
+    Outage { bodies: usize },
     /// Every access is refused.
     Denied,
 }
 
+/// A body that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    pub key: String,
+    pub range: Option<Range<u64>>,
+}
+
 #[derive(Debug)]
 pub struct FaultyStore {
-    inner: Arc<InMemory>,
+    inner: Arc<dyn ObjectStore>,
     fault: Mutex<Option<Fault>>,
-    pub bodies: AtomicUsize,
+    requests: Mutex<Vec<Request>>,
+    heads: AtomicUsize,
 }
 
 impl FaultyStore {
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { inner: Arc::new(InMemory::new()), fault: Mutex::new(None), bodies: AtomicUsize::new(0) })
+        Self::over(Arc::new(InMemory::new()))
+    }
+
+    pub fn over(inner: Arc<dyn ObjectStore>) -> Arc<Self> {
+        let (fault, requests, heads) = (Mutex::new(None), Mutex::new(Vec::new()), AtomicUsize::new(0));
+        Arc::new(Self { inner, fault, requests, heads })
     }
 
     pub fn fail(&self, fault: Fault) {
         *self.fault.lock().unwrap() = Some(fault);
+    }
+
+    pub fn heal(&self) {
+        *self.fault.lock().unwrap() = None;
+    }
+
+    /// The bodies that were asked for since the last call.
+    pub fn take_requests(&self) -> Vec<Request> {
+        std::mem::take(&mut self.requests.lock().unwrap())
+    }
+
+    /// Number of requests for the size of an object.
+    pub fn heads(&self) -> usize {
+        self.heads.load(Ordering::Relaxed)
+    }
+
+    /// Keys of the bodies that were asked for since the last call, each once.
+    pub fn take_keys(&self) -> BTreeSet<String> {
+        self.take_requests().into_iter().map(|request| request.key).collect()
     }
 
     pub async fn overwrite(&self, key: &str, bytes: impl Into<Bytes>) {
@@ -72,37 +117,81 @@ impl FaultyStore {
         self.fault.lock().unwrap().clone()
     }
 
+    /// Refuses a request before it reaches the store.
+    fn refuse(&self, location: &Path, head: bool) -> Result<()> {
+        let path = location.to_string();
+        let mut fault = self.fault.lock().unwrap();
+        match fault.as_mut() {
+            Some(Fault::Denied) => Err(object_store::Error::PermissionDenied { path, source: "no".into() }),
+            Some(Fault::Failing { key, times }) if *key == path && *times > 0 => {
+                *times -= 1;
+                Err(server_error())
+            }
+            Some(Fault::Vanishing { key }) if *key == path && !head => {
+                Err(object_store::Error::NotFound { path, source: "gone".into() })
+            }
+            Some(Fault::Outage { bodies: 0 }) if !head => Err(server_error()),
+            Some(Fault::Outage { bodies }) if !head => {
+                *bodies -= 1;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
     async fn answer(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         let head = options.head;
-        let fault = self.fault();
-        if matches!(fault, Some(Fault::Denied)) {
-            return Err(object_store::Error::PermissionDenied { path: location.to_string(), source: "no".into() });
+        if head {
+            self.heads.fetch_add(1, Ordering::Relaxed);
+        } else {
+            let range = match &options.range {
+                Some(GetRange::Bounded(range)) => Some(range.clone()),
+                Some(other) => panic!("nobody asks for {other}"),
+                None => None,
+            };
+            self.requests.lock().unwrap().push(Request { key: location.to_string(), range });
         }
+        self.refuse(location, head)?;
         let mut answer = self.inner.get_opts(location, options).await?;
         if head {
             return Ok(answer);
         }
-        self.bodies.fetch_add(1, Ordering::Relaxed);
         let mut body = std::mem::replace(&mut answer.payload, GetResultPayload::Stream(stream::empty().boxed()));
-        match fault {
+        match self.fault() {
             Some(Fault::Cut { key, bytes }) if key == location.as_ref() => {
                 let whole = collect(body).await?;
-                body = GetResultPayload::Stream(stream::iter([Ok(whole.slice(..bytes))]).boxed());
+                body = GetResultPayload::Stream(stream::iter([Ok(start(&whole, bytes))]).boxed());
+            }
+            Some(Fault::Reset { key, bytes }) if key == location.as_ref() => {
+                let whole = collect(body).await?;
+                body = GetResultPayload::Stream(stream::iter([Ok(start(&whole, bytes)), Err(server_error())]).boxed());
             }
             Some(Fault::Silent { key }) if key == location.as_ref() => {
                 body = GetResultPayload::Stream(stream::pending().boxed());
             }
             Some(Fault::DamagedOnce { key }) if key == location.as_ref() => {
-                *self.fault.lock().unwrap() = None;
+                self.heal();
                 let mut whole = collect(body).await?.to_vec();
                 whole[0] ^= 1;
                 body = GetResultPayload::Stream(stream::iter([Ok(Bytes::from(whole))]).boxed());
+            }
+            Some(Fault::Replaced { key, with }) if key == location.as_ref() => {
+                self.heal();
+                self.overwrite(&key, with).await;
             }
             _ => {}
         }
         answer.payload = body;
         Ok(answer)
     }
+}
+
+fn start(whole: &Bytes, bytes: usize) -> Bytes {
+    whole.slice(..bytes.min(whole.len()))
+}
+
+fn server_error() -> object_store::Error {
+    object_store::Error::Generic { store: "test", source: "500 Internal Server Error".into() }
 }
 
 async fn collect(body: GetResultPayload) -> Result<Bytes> {
@@ -159,10 +248,11 @@ impl ObjectStore for FaultyStore {
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         let listed = self.inner.list(prefix);
-        match self.fault() {
-            Some(Fault::ListBreaks { objects }) => {
-                let broken = object_store::Error::Generic { store: "test", source: "page 2 is missing".into() };
-                listed.take(objects).chain(stream::iter([Err(broken)])).boxed()
+        let mut fault = self.fault.lock().unwrap();
+        match fault.as_mut() {
+            Some(Fault::ListBreaks { objects, times }) if *times > 0 => {
+                *times -= 1;
+                listed.take(*objects).chain(stream::iter([Err(server_error())])).boxed()
             }
             Some(Fault::Denied) => {
                 let denied = object_store::Error::PermissionDenied { path: String::new(), source: "no".into() };
@@ -192,8 +282,14 @@ impl ObjectStore for FaultyStore {
 
 /// The checkpoint side of a faulty store, impatient.
 pub fn checkpoints(store: &Arc<FaultyStore>) -> CheckpointStore {
-    let limits = Limits { stall: Duration::from_millis(50), ..Limits::default() };
-    CheckpointStore::with_limits(Arc::clone(store) as Arc<dyn ObjectStore>, limits)
+    CheckpointStore::with_limits(Arc::clone(store) as Arc<dyn ObjectStore>, impatient())
+}
+
+/// Limits under which a test fails fast, with ranges that small objects have several of.
+pub fn impatient() -> Limits {
+    let retry = RetryLimits { attempts: 3, first_wait: Duration::ZERO, longest_wait: Duration::ZERO };
+    let stall = Duration::from_millis(200);
+    Limits { stall, retry, range_bytes: 1000, parallel_ranges: 3, ..Limits::default() }
 }
 
 /// A model folder with two tensors and two other files.

@@ -1,18 +1,17 @@
 //! Publishing, choosing and installing, with everything that can go wrong on the way.
 
 use std::io::Write;
-use std::sync::atomic::Ordering;
 
 use crate::faulty::{Fault, FaultyStore, WINDOW, checkpoints, full_key, metadata_input, model_folder, publish};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use grail_checkpoint::cache::Entry;
-use grail_checkpoint::layout::{Tree, object_key, ready_key};
+use grail_checkpoint::layout::ready_key;
 use grail_checkpoint::manifest::FileDefect;
 use grail_checkpoint::metadata::FilesDefect;
 use grail_checkpoint::{
-    CheckpointCache, CheckpointStore, ChooseError, HashAgreement, InstallError, Installed, MetadataInput, PublishError,
-    StoreError, publish_full,
+    CheckpointCache, CheckpointStore, ChooseError, FailureClass, HashAgreement, InstallError, Installed, MadeFrom,
+    MetadataInput, Notice, PublishError, StoreError, Wanted, publish_full,
 };
 use grail_protocol::ids::{CheckpointWindow, WindowStart};
 use serde_json::{Value, json};
@@ -40,7 +39,7 @@ impl Bench {
 
     async fn install(&self) -> Result<Installed, InstallError> {
         let published = self.checkpoints.published(WINDOW).await.unwrap();
-        self.cache.install(&self.checkpoints, &published).await
+        self.cache.install(&self.checkpoints, &published, &Wanted::default()).await
     }
 
     async fn edit_metadata(&self, edit: impl FnOnce(&mut Value)) {
@@ -135,9 +134,12 @@ async fn an_empty_store_is_told_from_a_listing_that_failed() {
     assert!(error.to_string().contains("the test store"), "{error}");
 
     publish(&bench.store).await;
-    bench.store.fail(Fault::ListBreaks { objects: 3 });
+    bench.store.fail(Fault::ListBreaks { objects: 3, times: usize::MAX });
     let error = bench.checkpoints.choose(window(330)).await.unwrap_err();
     assert!(matches!(error, ChooseError::Store(StoreError::List { .. })), "{error}");
+
+    bench.store.fail(Fault::ListBreaks { objects: 3, times: 2 });
+    assert_eq!(bench.checkpoints.choose(window(330)).await.unwrap().checkpoint, WINDOW);
 
     bench.store.fail(Fault::Denied);
     let error = bench.checkpoints.choose(window(330)).await.unwrap_err();
@@ -157,11 +159,14 @@ async fn an_installed_checkpoint_is_used_without_the_store() {
     let bench = Bench::published().await;
     let first = bench.install().await.unwrap();
     let published = bench.checkpoints.published(WINDOW).await.unwrap();
-    let bodies = bench.store.bodies.load(Ordering::Relaxed);
+    bench.store.take_requests();
     bench.store.fail(Fault::Denied);
-    let second = bench.cache.install(&bench.checkpoints, &published).await.unwrap();
-    assert_eq!((second.weights_hash, second.agreement), (first.weights_hash, first.agreement));
-    assert_eq!(bench.store.bodies.load(Ordering::Relaxed), bodies);
+    let second = bench.cache.install(&bench.checkpoints, &published, &Wanted::default()).await.unwrap();
+    assert_eq!((second.weights_hash, &second.agreement), (first.weights_hash, &first.agreement));
+    assert_eq!((&second.checksums, &second.made_from), (&first.checksums, &MadeFrom::Full));
+    assert_eq!(second.checksums["model.norm.weight"], 0x0605 + 1);
+    assert!(second.changes.is_none() && second.notices.is_empty());
+    assert_eq!(bench.store.take_requests(), []);
 }
 
 #[tokio::test]
@@ -186,6 +191,7 @@ async fn other_files_under_the_same_window_replace_the_cached_ones() {
     publish_full(&bench.checkpoints, WINDOW, folder.path(), &metadata_input(), 300).await.unwrap();
     let second = bench.install().await.unwrap();
     assert_ne!(first.weights_hash, second.weights_hash);
+    assert!(matches!(second.notices[..], [Notice::RepublishedTaken { .. }]), "{:?}", second.notices);
     assert!(
         matches!(bench.cache.inspect(WINDOW), Entry::Installed(found) if found.weights_hash == second.weights_hash)
     );
@@ -214,12 +220,13 @@ async fn a_truncated_object_is_refused() {
 }
 
 #[tokio::test]
-async fn a_body_that_ends_early_is_refused_with_both_lengths() {
+async fn a_body_that_does_not_come_is_refused_with_both_lengths() {
     let bench = Bench::published().await;
-    bench.store.fail(Fault::Cut { key: full_key("config.json"), bytes: 5 });
+    bench.store.fail(Fault::Cut { key: full_key("config.json"), bytes: 0 });
     let error = bench.install().await.unwrap_err();
-    assert!(chain(&error).contains("ended after 5 of 29 bytes"), "{}", chain(&error));
-    bench.assert_nothing_installed();
+    assert!(chain(&error).contains("ended after 0 of 29 bytes"), "{}", chain(&error));
+    assert_eq!(error.class(), FailureClass::Unavailable);
+    assert!(bench.cache.windows().unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -235,7 +242,7 @@ async fn a_store_that_says_nothing_is_given_up() {
     bench.store.fail(Fault::Silent { key: full_key("config.json") });
     let error = bench.install().await.unwrap_err();
     assert!(matches!(error, InstallError::Fetch { source: StoreError::Stalled { .. }, .. }), "{error}");
-    bench.assert_nothing_installed();
+    assert!(bench.cache.windows().unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -245,7 +252,7 @@ async fn a_missing_object_is_named() {
     let error = bench.install().await.unwrap_err();
     assert_eq!(
         chain(&error),
-        "checkpoint 300 as published is incomplete or damaged: model.safetensors differs from its manifest: the file is missing"
+        "the FULL of checkpoint 300 as published is incomplete or damaged: model.safetensors differs from its manifest: the file is missing"
     );
 }
 
@@ -270,26 +277,17 @@ async fn metadata_without_files_is_refused() {
 }
 
 #[tokio::test]
-async fn a_checkpoint_without_a_full_tree_says_so() {
-    let bench = Bench::empty();
-    let delta = json!({"window": 300, "checkpoint_type": "DELTA", "prev_window": 270, "file_manifest": {}});
-    let key = object_key(WINDOW, Tree::Delta, "metadata.json");
-    bench.store.overwrite(&key, serde_json::to_vec(&delta).unwrap()).await;
-    let error = bench.install().await.unwrap_err();
-    assert!(matches!(error, InstallError::DeltaOnly { window: WINDOW, .. }), "{error}");
-    assert!(error.to_string().starts_with("this checkpoint is only published as DELTA"), "{error}");
-}
-
-#[tokio::test]
 async fn a_wrong_published_hash_is_accepted_and_reported() {
     let bench = Bench::published().await;
     bench.edit_metadata(|document| document["weights_hash"] = json!("0".repeat(32))).await;
-    assert_eq!(bench.install().await.unwrap().agreement, HashAgreement::Different);
+    let installed = bench.install().await.unwrap();
+    assert_eq!((installed.agreement, installed.notices), (HashAgreement::Different, vec![Notice::HashDiffers]));
     let Entry::Installed(cached) = bench.cache.inspect(WINDOW) else { panic!("it was just installed") };
     assert_eq!(cached.agreement, HashAgreement::Different);
     bench.cache.remove(WINDOW).await.unwrap();
     bench.edit_metadata(|document| document["weights_hash"] = Value::Null).await;
-    assert_eq!(bench.install().await.unwrap().agreement, HashAgreement::NotPublished);
+    let installed = bench.install().await.unwrap();
+    assert_eq!((installed.agreement, installed.notices), (HashAgreement::NotPublished, vec![Notice::HashNotPublished]));
 }
 
 #[tokio::test]
@@ -329,7 +327,7 @@ async fn an_object_above_its_cap_is_refused() {
     limits.other_bytes = 28;
     let store = CheckpointStore::with_limits(bench.store.clone(), limits);
     let published = bench.checkpoints.published(WINDOW).await.unwrap();
-    let error = bench.cache.install(&store, &published).await.unwrap_err();
+    let error = bench.cache.install(&store, &published, &Wanted::default()).await.unwrap_err();
     assert!(matches!(error, InstallError::Fetch { source: StoreError::TooLarge { cap: 28, .. }, .. }), "{error}");
     assert!(store.published(WINDOW).await.unwrap().full.is_err());
 }

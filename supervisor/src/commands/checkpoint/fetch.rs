@@ -30,12 +30,14 @@ pub async fn fetch(site: &Site, target: FetchTarget, form: Form) -> Result<Strin
     let listing = site.store.list().await.map_err(CheckpointCommandError::from)?;
     let checkpoint = match target {
         FetchTarget::Window(checkpoint) => checkpoint,
-        FetchTarget::Latest => latest(&listing)
-            .ok_or_else(|| CheckpointCommandError::NoneReady { store: site.store.to_string() })?,
+        FetchTarget::Latest => {
+            latest(&listing).ok_or_else(|| CheckpointCommandError::NoneReady { store: site.store.to_string() })?
+        }
     };
     let published = site.store.published(checkpoint).await.map_err(CheckpointCommandError::from)?;
     let meter = Meter::start(checkpoint);
-    let wanted = Wanted { progress: Some(meter.report()), in_use: is_in_use(site, checkpoint).await, ..Wanted::default() };
+    let wanted =
+        Wanted { progress: Some(meter.report()), in_use: is_in_use(site, checkpoint).await, ..Wanted::default() };
     let installed = site.cache.install(&site.store, &published, &wanted).await;
     let (received, took) = meter.finish();
     let installed = installed.map_err(|source| {

@@ -100,7 +100,11 @@ async fn stored(store: &CheckpointStore, window: Option<WindowStart>) -> Result<
     let listing = store.list().await?;
     let rule = window.map(|window| {
         let choice = listing.resolve(window);
-        RuleReport { window, checkpoint: choice.map(|choice| choice.checkpoint), ready: choice.map(|choice| choice.ready) }
+        RuleReport {
+            window,
+            checkpoint: choice.map(|choice| choice.checkpoint),
+            ready: choice.map(|choice| choice.ready),
+        }
     });
     let rows = catalogue(&listing).into_iter().map(|(window, stored)| stored_row(store, window, stored, &listing));
     let checkpoints = stream::iter(rows).buffered(store.limits().parallel).try_collect().await?;
@@ -114,11 +118,8 @@ async fn stored_row(
     listing: &Listing,
 ) -> Result<StoredRow, CheckpointCommandError> {
     // Markers alone name no document that could be read.
-    let trees = if stored.trees.is_empty() {
-        Vec::new()
-    } else {
-        reports(&stored, &store.published(window).await?, listing)
-    };
+    let trees =
+        if stored.trees.is_empty() { Vec::new() } else { reports(&stored, &store.published(window).await?, listing) };
     let bytes = stored.trees.values().fold(0_u64, |sum, tree| sum.saturating_add(tree.bytes));
     Ok(StoredRow { window, ready: stored.ready, bytes, trees })
 }
@@ -134,7 +135,8 @@ impl Report for ListReport {
 
 impl StoreReport {
     fn lines(&self) -> Vec<String> {
-        let mut lines = vec![format!("store {}: {}", printable(&self.place), count(self.checkpoints.len(), "checkpoint"))];
+        let mut lines =
+            vec![format!("store {}: {}", printable(&self.place), count(self.checkpoints.len(), "checkpoint"))];
         let header = ["WINDOW", "READY", "FULL", "DELTA", "BASE", "WEIGHTS", "NOTE"];
         lines.extend(columns(header, self.checkpoints.iter().map(StoredRow::cells).collect()));
         lines.push(match &self.rule {

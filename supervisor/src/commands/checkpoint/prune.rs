@@ -23,12 +23,7 @@ pub enum PruneMode {
 ///
 /// # Errors
 /// [`CommandError`] if the cache cannot be used, or if a supervisor runs and does not say what it uses: then nothing is removed.
-pub async fn prune(
-    site: &Site,
-    limits: &RetentionLimits,
-    mode: PruneMode,
-    form: Form,
-) -> Result<String, CommandError> {
+pub async fn prune(site: &Site, limits: &RetentionLimits, mode: PruneMode, form: Form) -> Result<String, CommandError> {
     let in_use = site.in_use().await?.unwrap_or_default();
     let cache = site.cache.clone();
     let before = tokio::task::spawn_blocking(move || cache.list()).await.map_err(CommandError::Task)??;
@@ -54,8 +49,10 @@ fn plan(
     in_use: &BTreeSet<CheckpointWindow>,
     limits: &RetentionLimits,
 ) -> BTreeSet<CheckpointWindow> {
-    let folders: Vec<Cached> =
-        cached.iter().map(|summary| Cached { window: summary.window, bytes: summary.bytes, age: summary.age }).collect();
+    let folders: Vec<Cached> = cached
+        .iter()
+        .map(|summary| Cached { window: summary.window, bytes: summary.bytes, age: summary.age })
+        .collect();
     removable(&folders, &used(cached, in_use), limits).into_iter().collect()
 }
 

@@ -20,7 +20,8 @@ use crate::commands::control::Form;
 use crate::terminal::printable;
 
 /// Keys of a document that get a line of their own; nothing here interprets them.
-const SHOWN_KEYS: [&str; 6] = ["model_name", "parent_window", "prev_window", "anchor_window", "created_at", "git_commit"];
+const SHOWN_KEYS: [&str; 6] =
+    ["model_name", "parent_window", "prev_window", "anchor_window", "created_at", "git_commit"];
 
 /// All that is known of one checkpoint.
 ///

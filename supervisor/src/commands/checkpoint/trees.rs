@@ -34,12 +34,7 @@ pub(super) fn reports(stored: &StoredCheckpoint, published: &Published, listing:
     of(Tree::Full, &published.full).into_iter().chain(of(Tree::Delta, &published.delta)).collect()
 }
 
-fn report(
-    tree: Tree,
-    stored: StoredTree,
-    metadata: &Result<Metadata, MetadataError>,
-    listing: &Listing,
-) -> TreeReport {
+fn report(tree: Tree, stored: StoredTree, metadata: &Result<Metadata, MetadataError>, listing: &Listing) -> TreeReport {
     let blank = TreeReport {
         tree: tree.as_str(),
         objects: stored.objects,

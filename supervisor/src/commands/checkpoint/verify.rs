@@ -109,10 +109,7 @@ fn compare(installed: &Installed, found: &Fingerprint) -> VerifiedRow {
     }
 }
 
-fn first_other_tensor(
-    stated: &BTreeMap<String, u64>,
-    found: &BTreeMap<String, u64>,
-) -> Option<String> {
+fn first_other_tensor(stated: &BTreeMap<String, u64>, found: &BTreeMap<String, u64>) -> Option<String> {
     let names: BTreeSet<&String> = stated.keys().chain(found.keys()).collect();
     names.into_iter().find_map(|name| match (stated.get(name), found.get(name)) {
         (Some(stated), Some(found)) if stated == found => None,

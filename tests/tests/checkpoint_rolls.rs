@@ -1,0 +1,228 @@
+//! Rolls from checkpoint to checkpoint with the real binaries, and what may go wrong with them. The test is the trainer.
+
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise, also in its helpers")]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use grail_checkpoint::{CheckpointStore, DeltaFormat, DeltaInput, MetadataInput, publish_delta, publish_full};
+use grail_protocol::ids::CheckpointWindow;
+use grail_protocol::window_file;
+use grail_supervisor::demo::Demo;
+use grail_tests::binaries::Run;
+use grail_tests::waiting::wait_until;
+use grail_tests::world::World;
+use object_store::local::LocalFileSystem;
+use serde_json::Value;
+
+const FIRST: CheckpointWindow = CheckpointWindow(2_940);
+/// Ready before the first window begins.
+const BEFORE: u64 = 2_970;
+/// Ready in the first window.
+const DURING: u64 = 3_000;
+/// Of a mine run in short windows: 18 seconds each.
+const SHORT_BLOCKS: [&str; 2] = ["--block-ms", "600"];
+
+/// The store of a world, and its trainer.
+struct Trainer {
+    folder: PathBuf,
+    store: CheckpointStore,
+    demo: Demo,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Trainer {
+    fn of(world: &World) -> Self {
+        let folder = world.state.join("store");
+        std::fs::create_dir_all(&folder).unwrap();
+        let objects = LocalFileSystem::new_with_prefix(&folder).unwrap();
+        let store = CheckpointStore::new(Arc::new(objects));
+        let demo = Demo::unpack(&world.folder.path().join("demo")).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        Self { folder, store, demo, runtime }
+    }
+
+    fn input(&self) -> MetadataInput {
+        MetadataInput {
+            model_name: self.demo.metadata.model_name.clone(),
+            env_id: self.demo.metadata.env_id.clone(),
+            env_params: self.demo.metadata.env_params.clone(),
+            generation: self.demo.generation,
+            thinking_mode: self.demo.metadata.thinking_mode,
+            parent_window: None,
+            training_config: serde_json::Map::new(),
+            git_commit: "test".to_owned(),
+            created_at: 0.0,
+        }
+    }
+
+    fn full(&self, window: CheckpointWindow, folder: &Path, ready: u64) {
+        self.runtime.block_on(publish_full(&self.store, window, folder, &self.input(), ready)).unwrap();
+    }
+
+    fn first(&self) {
+        self.full(FIRST, &self.demo.first, BEFORE);
+    }
+
+    /// From the first demo checkpoint to the second, or back.
+    fn delta(&self, window: CheckpointWindow, base_window: CheckpointWindow, ready: u64) {
+        let (first, second) = (&*self.demo.first, &*self.demo.second);
+        let (base_folder, folder) = if base_window == FIRST { (first, second) } else { (second, first) };
+        let delta = DeltaInput {
+            window,
+            folder,
+            base_window,
+            base_folder,
+            anchor: None,
+            format: DeltaFormat::V31,
+            ready: Some(ready),
+        };
+        self.runtime.block_on(publish_delta(&self.store, &delta, &self.input())).unwrap();
+    }
+
+    fn object(&self, window: CheckpointWindow, name: &str) -> PathBuf {
+        self.folder.join(format!("grail/checkpoints/checkpoint-{window}/{name}"))
+    }
+}
+
+/// The checkpoints named in the window files of a world's store.
+fn uploaded_with(world: &World) -> Vec<BTreeSet<u64>> {
+    let read = |event: &Value| {
+        let file = std::fs::read(world.state.join("store").join(event["key"].as_str().unwrap())).unwrap();
+        let file = window_file::read_bytes(file).unwrap();
+        file.rows.iter().map(|row| u64::try_from(row.checkpoint_window.unwrap()).unwrap()).collect()
+    };
+    world.of_kind("window_uploaded").iter().map(read).collect()
+}
+
+fn finish(world: &World, run: Run) -> String {
+    let mined = run.wait();
+    assert_eq!(mined.code, Some(0), "{mined:#?}");
+    let verified = world.ask(&["verify", "--local"]);
+    assert_eq!(verified.code, Some(0), "{verified:#?}");
+    world.assert_nothing_left();
+    mined.stderr
+}
+
+#[test]
+fn a_server_that_keeps_old_weights_is_found_before_any_group_is_spooled() {
+    let world = World::new().with("GRAIL_FAULT", "stale@update");
+    let run = world.mine(&["--windows", "2", "--max-groups", "4", SHORT_BLOCKS[0], SHORT_BLOCKS[1]]);
+    finish(&world, run);
+    let refuted = world.of_kind("server_refuted");
+    assert_eq!(refuted.len(), 1, "{:#?}", world.events());
+    let active = world.of_kind("checkpoint_active");
+    assert_eq!(refuted[0]["weights"], active[1]["weights"], "the update was not believed");
+    assert_ne!(active[0]["weights"], active[1]["weights"]);
+    assert_eq!(uploaded_with(&world), [BTreeSet::from([FIRST.0]), BTreeSet::from([3_000])]);
+}
+
+#[test]
+fn a_late_marker_begins_the_window_anew() {
+    let world = World::in_a_window();
+    let trainer = Trainer::of(&world);
+    trainer.first();
+    let run = world.mine(&["--no-trainer", "--max-groups", "300"]);
+    world.wait_for_groups(2);
+    // READY with the same number, seen late: of two the later checkpoint counts.
+    trainer.full(CheckpointWindow(BEFORE), &trainer.demo.second, BEFORE);
+    wait_until("the window begins anew", || world.count("window_restarted") == 1);
+    let restarted = world.of_kind("window_restarted").remove(0);
+    assert_eq!(restarted["checkpoint"], BEFORE);
+    assert!(restarted["groups"].as_u64().unwrap() >= 2, "{restarted}");
+    world.wait_for_more_groups(2);
+    assert_eq!(world.ask_json(&["stop"])["gone"], true);
+    finish(&world, run);
+    assert_eq!(uploaded_with(&world), [BTreeSet::from([BEFORE])], "no rollout of the other checkpoint is in the file");
+    assert!(world.state.join("spool/window-3000.aside").is_file(), "what was made before is kept for inspection");
+}
+
+#[test]
+fn a_damaged_delta_skips_the_window_until_there_is_another_way() {
+    let world = World::new();
+    let trainer = Trainer::of(&world);
+    trainer.first();
+    let run = world.mine(&["--no-trainer", "--windows", "2", "--max-groups", "4", SHORT_BLOCKS[0], SHORT_BLOCKS[1]]);
+    wait_until("the first window is mined", || world.count("window_started") == 1);
+    let damaged = CheckpointWindow(DURING);
+    trainer.delta(damaged, FIRST, DURING);
+    let payload = trainer.object(damaged, "DELTA/delta_sparse.bin.zst");
+    let mut bytes = std::fs::read(&payload).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&payload, bytes).unwrap();
+    // The rule demands the damaged one, so mining on with the old one would void the file.
+    wait_until("a window is skipped", || world.count("window_skipped") == 1);
+    let skipped = world.of_kind("window_skipped").remove(0);
+    assert_eq!(skipped["window"], 3_030);
+    let reason = skipped["reason"].as_str().unwrap();
+    assert!(reason.contains("delta_sparse.bin.zst"), "{reason}");
+    trainer.full(damaged, &trainer.demo.second, DURING);
+    finish(&world, run);
+    assert_eq!(uploaded_with(&world), [BTreeSet::from([FIRST.0]), BTreeSet::from([DURING])]);
+}
+
+#[test]
+fn of_two_rolls_in_one_window_the_last_one_counts() {
+    let world = World::new();
+    let trainer = Trainer::of(&world);
+    trainer.first();
+    let run = world.mine(&["--no-trainer", "--windows", "2", "--max-groups", "4", SHORT_BLOCKS[0], SHORT_BLOCKS[1]]);
+    wait_until("the first window is mined", || world.count("window_started") == 1);
+    let (second, third) = (CheckpointWindow(2_970), CheckpointWindow(DURING));
+    trainer.delta(second, FIRST, DURING);
+    wait_until("the second checkpoint is here", || world.count("checkpoint_installed") == 1);
+    trainer.delta(third, second, DURING);
+    let log = finish(&world, run);
+    assert_eq!(uploaded_with(&world), [BTreeSet::from([FIRST.0]), BTreeSet::from([third.0])]);
+    let active = world.of_kind("checkpoint_active");
+    let weights: BTreeSet<&str> = active.iter().map(|event| event["weights"].as_str().unwrap()).collect();
+    assert_eq!(weights.len(), 1, "the second delta leads back to the first weights: {active:#?}");
+    assert!(log.contains("checkpoint=3000"), "{log}");
+}
+
+#[test]
+fn a_marker_without_files_skips_the_window_and_says_why() {
+    let world = World::new();
+    let trainer = Trainer::of(&world);
+    trainer.first();
+    let run = world.mine(&["--no-trainer", "--windows", "2", "--max-groups", "4", SHORT_BLOCKS[0], SHORT_BLOCKS[1]]);
+    wait_until("the first window is mined", || world.count("window_started") == 1);
+    let hollow = trainer.object(CheckpointWindow(DURING), &format!("READY-{DURING}"));
+    std::fs::create_dir_all(hollow.parent().unwrap()).unwrap();
+    std::fs::write(&hollow, "").unwrap();
+    wait_until("a window is skipped", || world.count("window_skipped") == 1);
+    let skipped = world.of_kind("window_skipped").remove(0);
+    assert_eq!(skipped["window"], 3_030);
+    let reason = skipped["reason"].as_str().unwrap();
+    assert!(reason.contains("checkpoint 3000 has no readable metadata"), "{reason}");
+    // The trainer's next one is whole again.
+    trainer.delta(CheckpointWindow(3_030), FIRST, 3_030);
+    finish(&world, run);
+    assert_eq!(uploaded_with(&world).last().unwrap(), &BTreeSet::from([3_030]));
+}
+
+#[test]
+fn an_operator_has_the_checkpoint_read_again() {
+    let world = World::in_a_window();
+    let run = world.mine(&["--max-groups", "300"]);
+    world.wait_for_groups(1);
+    let before = world.ask_json(&["status"]);
+    assert_eq!(world.ask_json(&["reload-checkpoint", "0"])["accepted"], true);
+    world.wait_for_more_groups(2);
+    assert_eq!(world.ask_json(&["reload-checkpoint"])["slot"], Value::Null);
+    wait_until("the server has read it again", || world.count("server_ready") == 2);
+    world.wait_for_more_groups(2);
+    let refused = world.ask(&["reload-checkpoint", "9"]);
+    assert_eq!(refused.code, Some(1), "{refused:#?}");
+    assert!(refused.stderr.contains("there is no slot 9"), "{}", refused.stderr);
+    let after = world.ask_json(&["status"]);
+    for slot in 0..2 {
+        assert_eq!(before["slots"][slot]["pid"], after["slots"][slot]["pid"], "no process was replaced");
+    }
+    assert_eq!(world.ask_json(&["stop"])["gone"], true);
+    let log = finish(&world, run);
+    assert!(log.matches("Worker has the checkpoint.").count() >= 3, "{log}");
+    world.assert_uploaded_whole();
+}
