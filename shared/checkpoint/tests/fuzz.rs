@@ -92,6 +92,15 @@ fn golden_documents() -> Vec<Value> {
     texts.filter_map(|text| serde_json::from_str(text).ok()).collect()
 }
 
+/// Objects of the golden store that have one of these names.
+fn bucket_files(names: &[&str]) -> Vec<Vec<u8>> {
+    let root = grail_golden::path("checkpoints/bucket/grail/checkpoints");
+    let mut folders: Vec<_> = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()).collect();
+    folders.sort();
+    let paths = folders.iter().flat_map(|folder| names.iter().map(|name| folder.join(name)));
+    paths.filter_map(|path| std::fs::read(path).ok()).collect()
+}
+
 #[test]
 fn metadata() {
     let corpus: Vec<Vec<u8>> = golden_documents().iter().map(|document| document.to_string().into_bytes()).collect();
@@ -101,23 +110,19 @@ fn metadata() {
 
 #[test]
 fn manifest() {
-    let mut corpus: Vec<Vec<u8>> = golden_documents()
-        .iter()
-        .filter_map(|document| document.get("file_manifest"))
-        .map(|manifest| manifest.to_string().into_bytes())
-        .collect();
+    let published = bucket_files(&["FULL/metadata.json", "DELTA/metadata.json"]);
+    let published = published.iter().map(|text| serde_json::from_slice::<Value>(text).unwrap());
+    let manifests = golden_documents().into_iter().chain(published).map(|document| document["file_manifest"].clone());
+    let mut corpus: Vec<Vec<u8>> = manifests.map(|manifest| manifest.to_string().into_bytes()).collect();
     corpus.sort();
     corpus.dedup();
-    assert!(corpus.len() > 5);
+    assert!(corpus.len() > 20);
     documents(entries::manifest, corpus);
 }
 
 #[test]
 fn delta_metadata() {
-    let root = grail_golden::path("checkpoints/bucket/grail/checkpoints");
-    let folders = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
-    let corpus: Vec<Vec<u8>> =
-        folders.filter_map(|folder| std::fs::read(folder.join("DELTA/delta_metadata.json")).ok()).collect();
+    let corpus = bucket_files(&["DELTA/delta_metadata.json"]);
     assert!(corpus.len() > 10);
     documents(entries::delta_metadata, corpus);
 }

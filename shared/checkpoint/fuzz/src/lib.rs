@@ -85,13 +85,6 @@ pub fn payload(format: DeltaFormat, packed: &[u8]) {
     }
 }
 
-/// Decodes the content of a payload: what would be inside the frame.
-pub fn content(format: DeltaFormat, plain: &[u8]) {
-    if let Ok(packed) = zstd::bulk::compress(plain, 1) {
-        payload(format, &packed);
-    }
-}
-
 /// The checkpoint that payloads are decoded for; it has the tensors of the golden payloads that name only a few.
 #[must_use]
 pub fn base() -> Shapes {
