@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use grail_checkpoint::{
-    CheckpointCache, CheckpointStore, ChooseError, InstallError, Installed, MiningPolicy, StoreError,
+    CheckpointCache, CheckpointStore, ChooseError, InstallError, Installed, MiningPolicy, StoreError, Wanted,
 };
 use grail_protocol::ids::{CheckpointWindow, TokenId, WindowStart};
 use grail_text::{ChatTemplate, Tokenizer};
@@ -133,7 +133,7 @@ impl Checkpoints {
         let policy = published.policy().map_err(|source| CheckpointError::Policy { checkpoint, source })?.clone();
         let installed = self
             .cache
-            .install(&self.store, &published)
+            .install(&self.store, &published, &Wanted::default())
             .await
             .map_err(|source| CheckpointError::Install { checkpoint, source })?;
         let folder = installed.folder.clone();
