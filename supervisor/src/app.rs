@@ -10,9 +10,10 @@ use grail_protocol::randomness::ChallengeRandomness;
 use grail_telemetry::{Format, Options};
 
 use crate::cli::{
-    self, Cli, Command, ConfigArgs, LocalDevice, MineArgs, ReloadArgs, SlotArgs, StateArgs, StatusArgs, StopArgs,
-    VerifyArgs,
+    self, CheckpointCommand, Cli, Command, ConfigArgs, LocalDevice, MineArgs, ReloadArgs, SlotArgs, StateArgs,
+    StatusArgs, StopArgs, VerifyArgs,
 };
+use crate::commands::checkpoint::{self, Extent, PruneMode, Site};
 use crate::commands::control::{self, Form, Wait, Whereabouts};
 use crate::commands::local::LocalSettings;
 use crate::commands::verify::{FileOptions, JudgeSettings};
@@ -48,6 +49,9 @@ pub fn run() -> ExitCode {
         Command::Quarantine(args) => slot_command(args, SlotCommand::Quarantine, &inputs(args.state.flag_values())),
         Command::Release(args) => slot_command(args, SlotCommand::Release, &inputs(args.state.flag_values())),
         Command::ReloadCheckpoint(args) => reload_command(args, &inputs(args.state.flag_values())),
+        Command::Checkpoint(args) => {
+            checkpoint_command(&args.command, &inputs(args.command.flag_values()), cli.global.verbose)
+        }
         Command::Stop(args) => stop_command(args, &inputs(args.state.flag_values())),
         Command::Config(args) => config_command(args, &inputs(Vec::new())),
         Command::Completions(args) => print(&cli::completions(args.shell)),
@@ -240,6 +244,38 @@ fn stop_command(args: &StopArgs, inputs: &Inputs) -> ExitCode {
     let (now, form) = (args.now, form(args.json));
     let wait = if args.no_wait { Wait::No } else { Wait::UntilGone };
     operate(&args.state, inputs, async |whereabouts| control::stop(&whereabouts, now, wait, form).await)
+}
+
+fn checkpoint_command(command: &CheckpointCommand, inputs: &Inputs, verbosity: u8) -> ExitCode {
+    let config = match Config::load(inputs, Mode::Local) {
+        Ok(config) => config,
+        Err(error) => return refuse(&error),
+    };
+    start_logging(&config, verbosity);
+    block_on(async {
+        let site = Site::local(&local_state_dir(&config), config.folders.runtime.value.clone())?;
+        let text = match command {
+            CheckpointCommand::List(args) => {
+                let extent = match (args.cache_only, args.store_only) {
+                    (true, _) => Extent::CacheOnly,
+                    (_, true) => Extent::StoreOnly,
+                    _ => Extent::All,
+                };
+                checkpoint::list(&site, args.window, extent, form(args.json)).await?
+            }
+            CheckpointCommand::Show(args) => checkpoint::show(&site, args.checkpoint, form(args.json)).await?,
+            CheckpointCommand::Fetch(args) => checkpoint::fetch(&site, args.checkpoint, form(args.json)).await?,
+            CheckpointCommand::Verify(args) => {
+                let checked = checkpoint::verify(&site, args.checkpoint, form(args.json)).await?;
+                return Ok((checked.text, answer(checked.intact)));
+            }
+            CheckpointCommand::Prune(args) => {
+                let mode = if args.dry_run { PruneMode::DryRun } else { PruneMode::Remove };
+                checkpoint::prune(&site, &config.folders.keep_checkpoints, mode, form(args.json)).await?
+            }
+        };
+        Ok((text, ExitCode::Done))
+    })
 }
 
 const fn form(json: bool) -> Form {

@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use grail_checkpoint::install::Wanted;
 use grail_checkpoint::retention::RetentionLimits;
 use grail_checkpoint::{
-    CheckpointCache, CheckpointStore, ChooseError, InstallError, Installed, Listing, MiningPolicy, StoreError,
+    CheckpointCache, CheckpointStore, ChooseError, Hold, InstallError, Installed, Listing, MiningPolicy, StoreError,
 };
 use grail_ipc::messages::ChangeSet;
 use grail_process::with_causes;
@@ -132,6 +132,8 @@ struct Known {
     ready: BTreeMap<CheckpointWindow, Arc<ReadyCheckpoint>>,
     /// The one that is mined with.
     active: Option<CheckpointWindow>,
+    /// What keeps operators' commands and other processes from removing folders that are in use.
+    held: BTreeMap<CheckpointWindow, Hold>,
 }
 
 impl Checkpoints {
@@ -174,7 +176,7 @@ impl Checkpoints {
         let _turn = self.0.turn.lock().await;
         let ready = self.known().ready.get(&checkpoint).cloned();
         // One that nobody needed for a while may have left the cache.
-        if let Some(ready) = ready.filter(|ready| ready.installed.folder.exists()) {
+        if let Some(ready) = ready.filter(|_| self.hold(checkpoint)) {
             return Ok(ready);
         }
         let ready = Arc::new(self.prepare(checkpoint).await?);
@@ -213,8 +215,13 @@ impl Checkpoints {
         let in_use = {
             let mut known = self.known();
             known.active = Some(checkpoint);
-            known.in_use()
+            let in_use = known.in_use();
+            known.held.retain(|window, _| in_use.contains(window));
+            in_use
         };
+        for window in &in_use {
+            self.hold(*window);
+        }
         match self.0.cache.prune(&in_use, &self.0.retention).await {
             Ok(pruned) if pruned.is_empty() => {}
             Ok(pruned) => {
@@ -241,6 +248,21 @@ impl Checkpoints {
         self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Keeps the folder of a checkpoint, until others are in use. Whether there is one.
+    fn hold(&self, checkpoint: CheckpointWindow) -> bool {
+        match self.0.cache.hold(checkpoint) {
+            Ok(Some(hold)) => {
+                self.known().held.insert(checkpoint, hold);
+                true
+            }
+            Ok(None) => false,
+            Err(error) => {
+                tracing::warn!(%checkpoint, error = with_causes(&error), "A checkpoint in use could not be held.");
+                true
+            }
+        }
+    }
+
     async fn prepare(&self, checkpoint: CheckpointWindow) -> Result<ReadyCheckpoint, CheckpointError> {
         let Service { store, cache, .. } = &*self.0;
         let published =
@@ -251,6 +273,7 @@ impl Checkpoints {
             .install(store, &published, &wanted)
             .await
             .map_err(|source| CheckpointError::Install { checkpoint, source: Box::new(source) })?;
+        self.hold(checkpoint);
         let folder = installed.folder.clone();
         let files = tokio::task::spawn_blocking(move || CheckpointFiles::read(&folder))
             .await

@@ -1,5 +1,7 @@
 //! The command line: definitions only, so that help, completions and the manual page come from one place.
 
+mod checkpoint;
+
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueHint};
@@ -7,6 +9,10 @@ use clap_complete::Shell;
 use grail_process::ExitCode;
 
 use crate::config::FlagValue;
+
+pub use checkpoint::{
+    CheckpointArgs, CheckpointCommand, CheckpointVerifyArgs, FetchArgs, FetchTarget, ListArgs, PruneArgs, ShowArgs,
+};
 
 /// Runs a GRAIL miner on this host.
 #[derive(Debug, Parser)]
@@ -101,6 +107,15 @@ pub enum Command {
                             it gets work."
     )]
     ReloadCheckpoint(ReloadArgs),
+
+    /// List, show, fetch, check or remove checkpoints.
+    #[command(
+        long_about = "Operates on the checkpoints of the trainer's store and on the cache of this host. Works beside a running \
+                            supervisor as well as without one.",
+        subcommand_required = true,
+        arg_required_else_help = true
+    )]
+    Checkpoint(CheckpointArgs),
 
     /// Tell the running supervisor to stop, and wait until it is gone.
     #[command(
@@ -360,10 +375,16 @@ pub fn manual() -> std::io::Result<Vec<u8>> {
     let mut command = Cli::command();
     command.build();
     clap_mangen::Man::new(command.clone()).render(&mut page)?;
-    for subcommand in command.get_subcommands().filter(|subcommand| subcommand.get_name() != "help") {
-        clap_mangen::Man::new(subcommand.clone()).render(&mut page)?;
-    }
+    add_subcommands(&command, &mut page)?;
     Ok(page)
+}
+
+fn add_subcommands(command: &clap::Command, page: &mut Vec<u8>) -> std::io::Result<()> {
+    for subcommand in command.get_subcommands().filter(|subcommand| subcommand.get_name() != "help") {
+        clap_mangen::Man::new(subcommand.clone()).render(page)?;
+        add_subcommands(subcommand, page)?;
+    }
+    Ok(())
 }
 
 fn hexadecimal(text: &str) -> Result<String, String> {
@@ -404,6 +425,10 @@ mod tests {
         {
             insta::assert_snapshot!(format!("help_{name}"), long_help(&[name]));
         }
+        insta::assert_snapshot!("help_checkpoint", long_help(&["checkpoint"]));
+        for name in ["list", "show", "fetch", "verify", "prune"] {
+            insta::assert_snapshot!(format!("help_checkpoint_{name}"), long_help(&["checkpoint", name]));
+        }
     }
 
     #[test]
@@ -437,6 +462,28 @@ mod tests {
     }
 
     #[test]
+    fn limits_of_prune_stand_for_their_variables() {
+        let words =
+            ["checkpoint", "prune", "--keep", "2", "--max-gib", "9", "--max-age-days", "3", "--state-dir", "/s"];
+        let Command::Checkpoint(args) = parse(&words).unwrap().command else { panic!("checkpoint was asked for") };
+        let values = args.command.flag_values();
+        let texts: Vec<_> = values.iter().map(|value| (value.variable, value.value.as_str())).collect();
+        let expected = [
+            ("GRAIL_KEEP_CHECKPOINTS", "2"),
+            ("GRAIL_KEEP_CHECKPOINTS_GIB", "9"),
+            ("GRAIL_KEEP_CHECKPOINTS_DAYS", "3"),
+            ("GRAIL_STATE_DIR", "/s"),
+        ];
+        assert_eq!(texts, expected);
+    }
+
+    #[test]
+    fn a_window_that_is_none_is_told_which_one_is_meant() {
+        let error = parse(&["checkpoint", "list", "--window", "3001"]).unwrap_err().to_string();
+        assert!(error.contains("block 3001 is in window 3000"), "{error}");
+    }
+
+    #[test]
     fn usage_errors() {
         for words in [
             &["verify"][..],
@@ -451,11 +498,26 @@ mod tests {
             &["restart"],
             &["drain", "one"],
             &["stop", "0"],
+            &["checkpoint"],
+            &["checkpoint", "show"],
+            &["checkpoint", "fetch", "newest"],
+            &["checkpoint", "list", "--window", "3001"],
+            &["checkpoint", "list", "--cache-only", "--store-only"],
+            &["checkpoint", "prune", "--keep", "few"],
         ] {
             let error = parse(words).unwrap_err();
             assert_eq!(error.exit_code(), i32::from(ExitCode::Usage.number()), "{words:?}: {error}");
         }
-        for words in [&["verify", "f"][..], &["verify", "--local"], &["mine", "--no-drand"], &["mine", "--use-drand"]] {
+        for words in [
+            &["verify", "f"][..],
+            &["verify", "--local"],
+            &["mine", "--no-drand"],
+            &["mine", "--use-drand"],
+            &["checkpoint", "list", "--window", "3000"],
+            &["checkpoint", "fetch", "latest"],
+            &["checkpoint", "fetch", "3150"],
+            &["checkpoint", "verify"],
+        ] {
             parse(words).unwrap();
         }
     }
@@ -475,6 +537,8 @@ mod tests {
             "GRAIL_SHUTDOWN_TIMEOUT",
             "config",
             "temporary failure, start again",
+            "checkpoint prune",
+            "GRAIL_KEEP_CHECKPOINTS_GIB",
         ] {
             assert!(page.contains(word), "{word}");
         }

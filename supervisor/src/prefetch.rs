@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use grail_process::with_causes;
-use grail_protocol::ids::{CheckpointWindow, WindowStart};
+use grail_protocol::ids::CheckpointWindow;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::chain::Chain;
+use crate::chain::{Chain, next_window};
 use crate::checkpoints::{CheckpointError, Checkpoints, ReadyCheckpoint};
 use crate::fleet::{FleetHandle, target_of};
 use crate::journal::Event;
@@ -80,9 +80,7 @@ impl Prefetcher {
 
     /// What the rule demands for the window after the present one, as far as markers are there.
     async fn demand(&self) -> Result<Option<CheckpointWindow>, CheckpointError> {
-        let Ok(head) = self.chain.head().await else { return Ok(None) };
-        let (current, first) = (WindowStart::containing(head.block), self.chain.first_window());
-        let next = if current < first { first } else { current.next() };
+        let Ok(next) = next_window(&*self.chain).await else { return Ok(None) };
         let listing = self.checkpoints.list().await?;
         Ok(listing.resolve(next).map(|choice| choice.checkpoint))
     }

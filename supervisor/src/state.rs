@@ -100,7 +100,7 @@ impl StateDir {
     /// Verified checkpoints of the embedded default.
     #[must_use]
     pub fn checkpoints(&self) -> PathBuf {
-        self.root.join("checkpoints")
+        checkpoints_of(&self.root)
     }
 
     /// The unpacked demo.
@@ -170,6 +170,12 @@ pub fn windows_of(root: &Path) -> PathBuf {
 #[must_use]
 pub fn store_of(root: &Path) -> PathBuf {
     root.join("store")
+}
+
+/// Folder of the local cache of checkpoints under a state directory.
+#[must_use]
+pub fn checkpoints_of(root: &Path) -> PathBuf {
+    root.join("checkpoints")
 }
 
 fn randomness_path(root: &Path, window: WindowStart) -> PathBuf {

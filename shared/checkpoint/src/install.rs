@@ -2,6 +2,7 @@
 
 mod build;
 mod error;
+mod preview;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -25,6 +26,7 @@ use crate::store::{CheckpointStore, Listing};
 use crate::weights::HashAgreement;
 
 pub use error::{ChainError, FailureClass, InstallError, MetadataErrorOfTrees};
+pub use preview::{KnownRoutes, RouteBase, RouteSummary};
 
 /// What the caller wants beside the checkpoint.
 #[derive(Clone, Debug, Default)]

@@ -36,7 +36,7 @@ pub use cache::{
     CacheError, CachedContents, CachedSummary, CheckpointCache, Hold, Installed, MadeFrom, Notice, Pruned,
 };
 pub use delta::{Delta, DeltaClass, DeltaError, DeltaFormat, DeltaMetadata, Shapes};
-pub use install::{ChainError, FailureClass, InstallError, Wanted};
+pub use install::{ChainError, FailureClass, InstallError, KnownRoutes, RouteBase, RouteSummary, Wanted};
 pub use layout::Tree;
 pub use manifest::{Manifest, Sha256Digest};
 pub use metadata::{Metadata, MetadataError, Published, Verdict};

@@ -46,3 +46,12 @@ pub trait Chain: Send + Sync + std::fmt::Debug {
     /// Block time to assume before the first measurement.
     fn nominal_block_time(&self) -> Duration;
 }
+
+/// The window that begins next, or the first one that can be mined.
+///
+/// # Errors
+/// [`ChainError`] if the chain cannot be asked.
+pub async fn next_window(chain: &dyn Chain) -> Result<WindowStart, ChainError> {
+    let (current, first) = (WindowStart::containing(chain.head().await?.block), chain.first_window());
+    Ok(if current < first { first } else { current.next() })
+}

@@ -1,11 +1,13 @@
 //! `status`, `stop`, and the orders for one slot: a running supervisor is spoken to through its control socket.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use grail_ipc::control::{ControlError, RefusalKind};
 use grail_ipc::messages::SlotId;
 use grail_ipc::socket::SocketError;
+use grail_protocol::ids::CheckpointWindow;
 use serde_json::{Value, json};
 
 use super::CommandError;
@@ -51,6 +53,14 @@ pub async fn status(whereabouts: &Whereabouts, form: Form) -> Result<String, Com
         Form::Text => Ok(status.render(unix_ms())),
         Form::Json => document(&status.to_json().map_err(|error| CommandError::Output(error.into()))?),
     }
+}
+
+/// The checkpoints whose folders a supervisor needs.
+///
+/// # Errors
+/// [`CommandError::NobodyThere`] if none runs; others if one runs and what it uses is not known.
+pub async fn checkpoints_in_use(whereabouts: &Whereabouts) -> Result<BTreeSet<CheckpointWindow>, CommandError> {
+    Ok(reach(whereabouts).await?.status().await?.checkpoints_in_use)
 }
 
 /// Gives one slot an order.

@@ -50,6 +50,7 @@ async fn mine(settings: &LocalSettings, windows: Option<usize>, shutdown: &Shutd
         started_at,
         started,
         progress: progress.clone(),
+        checkpoints: miner.checkpoints.clone(),
         fleet: miner.fleet.handle(),
         shutdown: shutdown.clone(),
     });

@@ -1,5 +1,6 @@
 //! What the subcommands do.
 
+pub mod checkpoint;
 pub mod control;
 pub mod local;
 pub mod mine;
@@ -44,6 +45,8 @@ pub enum CommandError {
     Verify(#[from] VerifyError),
     #[error(transparent)]
     Context(#[from] ContextError),
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::CheckpointCommandError),
     #[error("open the local store {}", path.display())]
     Store { path: std::path::PathBuf, source: object_store::Error },
     #[error("open the checkpoint cache")]
@@ -109,6 +112,7 @@ impl CommandError {
             Self::Weights { .. } => ExitCode::BadData,
             Self::Choose(_) | Self::Randomness(_) => ExitCode::Unavailable,
             Self::Context(error) => of_context(error),
+            Self::Checkpoint(error) => error.exit_code(),
             Self::WindowFile { .. } | Self::NoContext { .. } => ExitCode::MissingInput,
         }
     }

@@ -18,8 +18,9 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 pub use place::{Place, socket_base};
-pub use status::{SCHEMA, Status, awaited};
+pub use status::{SCHEMA, Status, awaited, duration};
 
+use crate::checkpoints::Checkpoints;
 use crate::fleet::{FleetHandle, SlotCommand};
 use crate::progress::{Progress, elapsed_ms};
 use crate::shutdown::{Shutdown, Urgency};
@@ -76,6 +77,7 @@ pub struct Facts {
     /// The same moment on the clock of [`Progress`].
     pub started: Instant,
     pub progress: Arc<Progress>,
+    pub checkpoints: Checkpoints,
     pub fleet: FleetHandle,
     pub shutdown: Shutdown,
 }
@@ -123,6 +125,7 @@ impl Facts {
             awaits: (urgency != Urgency::None).then(|| self.awaited()),
             window: (window.window != 0).then_some(window),
             last_upload: self.progress.last_upload(),
+            checkpoints_in_use: self.checkpoints.in_use(),
             slots: self.fleet.slots(),
             server: self.fleet.server(),
         }

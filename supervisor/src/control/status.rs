@@ -1,9 +1,11 @@
 //! What a running supervisor says about itself, for people and for programs.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use grail_protocol::ids::CheckpointWindow;
 use serde::{Deserialize, Serialize};
 
 use crate::fleet::{ServerStatus, SlotStatus};
@@ -32,6 +34,8 @@ pub struct Status {
     /// Counters of the window that runs or ran last.
     pub window: Option<Snapshot>,
     pub last_upload: Option<LastUpload>,
+    /// Checkpoints whose folders must stay: the one that is mined with, what it was made from, what was fetched ahead.
+    pub checkpoints_in_use: BTreeSet<CheckpointWindow>,
     pub slots: Vec<SlotStatus>,
     pub server: Option<ServerStatus>,
 }
@@ -83,6 +87,10 @@ impl Status {
         if let Some(upload) = &self.last_upload {
             let ago = Duration::from_millis(now_unix_ms.saturating_sub(upload.unix_ms)).as_secs();
             line(&format!("last upload: window {}, {} bytes, {} ago", upload.window, upload.bytes, duration(ago)));
+        }
+        if !self.checkpoints_in_use.is_empty() {
+            let windows: Vec<String> = self.checkpoints_in_use.iter().map(ToString::to_string).collect();
+            line(&format!("checkpoints in use: {}", windows.join(", ")));
         }
         if let Some(server) = &self.server {
             line(&describe_server(server));
@@ -160,7 +168,9 @@ fn slot_table(slots: &[SlotStatus]) -> Vec<String> {
         .collect()
 }
 
-fn duration(seconds: u64) -> String {
+/// Seconds as people say them.
+#[must_use]
+pub fn duration(seconds: u64) -> String {
     match (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60) {
         (0, 0, 0, seconds) => format!("{seconds} s"),
         (0, 0, minutes, seconds) => format!("{minutes} min {seconds} s"),
@@ -217,6 +227,7 @@ mod tests {
             awaits: None,
             window: Some(snapshot()),
             last_upload: Some(LastUpload { window: 2_970, bytes: 123_456, unix_ms: 10_000 }),
+            checkpoints_in_use: BTreeSet::from([CheckpointWindow(2_970), CheckpointWindow(3_000)]),
             slots: vec![
                 slot(0),
                 SlotStatus {

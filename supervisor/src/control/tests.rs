@@ -1,6 +1,8 @@
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 
+use grail_checkpoint::retention::RetentionLimits;
+use grail_checkpoint::{CheckpointCache, CheckpointStore};
 use grail_ipc::control::ControlError;
 
 use super::*;
@@ -18,11 +20,15 @@ impl World {
     fn new(fleet: FleetHandle) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().canonicalize().unwrap();
+        let store = CheckpointStore::new(Arc::new(object_store::memory::InMemory::new()));
+        let cache = CheckpointCache::open(root.join("checkpoints")).unwrap();
+        let limits = RetentionLimits { checkpoints: 4, bytes: u64::MAX, max_age: None };
         let facts = Facts {
             state_dir: root.clone(),
             started_at: SystemTime::now(),
             started: Instant::now(),
             progress: Arc::new(Progress::default()),
+            checkpoints: Checkpoints::new(store, cache, limits),
             fleet,
             shutdown: Shutdown::default(),
         };

@@ -25,7 +25,7 @@ impl Bench {
     async fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let store = FaultyStore::new();
-        let bytes: Vec<u8> = (0..10_500_u32).map(|index| (index * index >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..10_500_u32).map(|index| u8::try_from(((index * index) >> 3) % 256).unwrap()).collect();
         store.overwrite(KEY, bytes.clone()).await;
         Self { checkpoints: checkpoints(&store), store, bytes, target: folder.path().join("file"), folder }
     }
