@@ -10,6 +10,7 @@ use grail_ipc::messages::Reloaded;
 use grail_ipc::{Expected, RequestError, WorkerClient};
 use grail_process::{Child, ChildSpec, Signal, spawn};
 use grail_protocol::ids::{GroupIndex, TokenId, WeightsHash};
+use tokio::sync::Notify;
 
 use crate::cli::ProfileReloadArguments;
 use crate::error::WorkerError;
@@ -107,10 +108,10 @@ impl Worker {
     /// # Errors
     /// [`WorkerError::Request`].
     pub(crate) async fn quiet(&self) -> Result<Vec<Duration>, WorkerError> {
-        let times = RefCell::new(Vec::new());
-        let is_enough = || times.borrow().len() >= 2 * REQUESTS_AROUND;
-        tokio::try_join!(self.lane(&times, &is_enough), self.lane(&times, &is_enough))?;
-        Ok(times.into_inner())
+        let requests = Requests::default();
+        let is_enough = || requests.times.borrow().len() >= 2 * REQUESTS_AROUND;
+        tokio::try_join!(self.lane(&requests, &is_enough), self.lane(&requests, &is_enough))?;
+        Ok(requests.times.into_inner())
     }
 
     /// Takes weights while two requests are in flight.
@@ -118,10 +119,11 @@ impl Worker {
     /// # Errors
     /// [`WorkerError::Reload`] and [`WorkerError::Request`].
     pub(crate) async fn reload(&self, order: &ReloadOrder, stages: bool) -> Result<Sample, WorkerError> {
-        let times = RefCell::new(Vec::new());
+        let requests = Requests::default();
         let is_done = Cell::new(false);
         let is_over = || is_done.get();
         let reload = async {
+            requests.until(2).await;
             let staging = if stages {
                 let started = Instant::now();
                 self.client.stage(order).await.map_err(WorkerError::Reload)?;
@@ -129,36 +131,58 @@ impl Worker {
             } else {
                 None
             };
-            let reloaded = self.take(order).await;
+            let reloaded = self.take(order).await?;
             is_done.set(true);
-            Ok::<_, WorkerError>((staging, reloaded?))
+            Ok::<_, WorkerError>((staging, reloaded))
         };
         let ((staging, reloaded), (), ()) =
-            tokio::try_join!(reload, self.lane(&times, &is_over), self.lane(&times, &is_over))?;
+            tokio::try_join!(reload, self.lane(&requests, &is_over), self.lane(&requests, &is_over))?;
         Ok(Sample {
             stall: Duration::from_micros(reloaded.stall_us),
             total: Duration::from_micros(reloaded.total_us),
             staging,
-            longest_request: times.into_inner().into_iter().max().unwrap_or_default(),
+            longest_request: requests.times.into_inner().into_iter().max().unwrap_or_default(),
             from_changes: reloaded.from_changes,
             in_shadow: reloaded.in_shadow,
         })
     }
 
-    /// One request after the other until `is_over`.
-    async fn lane(&self, times: &RefCell<Vec<Duration>>, is_over: &dyn Fn() -> bool) -> Result<(), WorkerError> {
+    /// One request after the other until one is answered behind `is_over`.
+    async fn lane(&self, requests: &Requests, is_over: &dyn Fn() -> bool) -> Result<(), WorkerError> {
+        let mut started = Instant::now();
         loop {
             let job = ProveJob { weights: self.weights.get(), ..self.job.clone() };
-            let started = Instant::now();
             match self.client.prove(&job).await {
-                Ok(_) => times.borrow_mut().push(started.elapsed()),
-                // It was behind the swap; the answer to the reload names the new weights.
-                Err(RequestError::Failed(failed)) if failed.code == "wrong_weights" => {}
+                Ok(_) => requests.answered(started.elapsed()),
+                // It was behind the swap: it is sent again under the new name, and its time goes on.
+                Err(RequestError::Failed(failed)) if failed.code == "wrong_weights" => continue,
                 Err(source) => return Err(WorkerError::Request { group: job.group, source }),
             }
             if is_over() {
                 return Ok(());
             }
+            started = Instant::now();
+        }
+    }
+}
+
+/// Requests that were answered.
+#[derive(Default)]
+struct Requests {
+    times: RefCell<Vec<Duration>>,
+    answered: Notify,
+}
+
+impl Requests {
+    fn answered(&self, time: Duration) {
+        self.times.borrow_mut().push(time);
+        self.answered.notify_one();
+    }
+
+    /// Waits until so many are answered.
+    async fn until(&self, count: usize) {
+        while self.times.borrow().len() < count {
+            self.answered.notified().await;
         }
     }
 }
