@@ -44,7 +44,7 @@ pub async fn fetch(site: &Site, target: FetchTarget, form: Form) -> Result<Strin
         // What is no longer published may be cached all the same; only if it is not, its absence is the reason.
         let stored = catalogue(&listing).get(&checkpoint).is_some_and(|stored| !stored.trees.is_empty());
         if stored {
-            CheckpointCommandError::Install { checkpoint, source }
+            CheckpointCommandError::Install { checkpoint, source: Box::new(source) }
         } else {
             CheckpointCommandError::NotInStore { checkpoint, store: site.store.to_string() }
         }
