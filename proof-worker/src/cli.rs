@@ -51,6 +51,14 @@ Examples:
   grail-proof-worker profile --model DIR --recorded window-3000.groups --trace trace.json
   grail-proof-worker profile --connect /run/worker.sock --model DIR";
 
+const PROFILE_RELOAD_NOTES: &str = "\
+A worker serves two requests in flight while it takes a checkpoint from its folder (full) and by changes of its weights (delta): with
+a second copy of the weights, made ready with the command or before it (staged), and in place. Total is the time from the command to
+the weights being in place, checked; stall is the part of it in which nothing could be proved.
+
+Example:
+  grail-proof-worker profile-reload --shape qwen2-1.5b --device cuda:0 --prompt-tokens 200 --completion-tokens 800 --members 16";
+
 const SERVE_NOTES: &str = "\
 Started by a supervisor, it gets --slot, --epoch and --token-fd, serves that one peer, and ends when the peer hangs up; the
 socket's folder must be private (mode 0700), and the path is unlinked once the peer is known.
@@ -91,6 +99,9 @@ pub enum Command {
     /// Measure how fast groups are proved, and where the time goes
     #[command(after_help = PROFILE_NOTES)]
     Profile(Box<ProfileArguments>),
+    /// Measure how long other weights take, and what requests in flight notice of it
+    #[command(after_help = PROFILE_RELOAD_NOTES)]
+    ProfileReload(Box<ProfileReloadArguments>),
 }
 
 /// Arguments of `serve`.
@@ -179,6 +190,62 @@ pub struct ProfileArguments {
     pub json: bool,
 }
 
+/// Arguments of `profile-reload`.
+#[derive(Debug, Clone, Args)]
+#[command(group = ArgGroup::new("base").required(true).args(["folder", "shape"]))]
+pub struct ProfileReloadArguments {
+    /// Folder of the checkpoint to start from
+    #[arg(long = "model", value_name = "DIR", conflicts_with_all = ["layers", "file_dtype"])]
+    pub folder: Option<PathBuf>,
+    /// A known shape, filled with random weights: qwen2-0.5b, qwen2-1.5b, qwen2-7b or qwen3-4b
+    #[arg(long)]
+    pub shape: Option<Shape>,
+    /// Layers instead of the shape's own
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub layers: Option<u32>,
+    /// Precision of the files with random weights
+    #[arg(long, value_name = "DTYPE", default_value = "bfloat16")]
+    pub file_dtype: Dtype,
+    /// Shares of the elements that deltas change
+    #[arg(long, value_name = "SHARES", default_value = "0.01,0.05", value_delimiter = ',', value_parser = share)]
+    pub changed: Vec<f64>,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
+    /// float32 (f32) or bfloat16 (bf16) [default: float32 on cpu, bfloat16 on cuda]
+    #[arg(long)]
+    pub dtype: Option<Dtype>,
+    /// Threads of one operation on the CPU [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Prompt of the requests in flight
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    pub prompt_tokens: u32,
+    /// Each completion of the requests in flight
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    pub completion_tokens: u32,
+    /// Completions of the requests in flight
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub members: u32,
+    /// Reloads of each kind
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub repeats: u32,
+    /// Folder for the checkpoints, which are removed in the end: one and one more for each share [default: that for temporary
+    /// files]
+    #[arg(long, value_name = "DIR")]
+    pub scratch: Option<PathBuf>,
+    /// Print one JSON document instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (1e-6..=1.0).contains(&share) => Ok(share),
+        _ => Err("write a share from 0.000001 to 1".to_owned()),
+    }
+}
+
 /// Which model, where and how.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArguments {
@@ -239,6 +306,9 @@ mod tests {
             ("profile --model m --completion 800", "write fixed:N, uniform:A-B or lognormal:MEAN,SIGMA"),
             ("profile --model m --prompt uniform:9-5", "the first length is larger than the second"),
             ("profile --model m --repeats 0", "0"),
+            ("profile-reload", "--model <DIR>"),
+            ("profile-reload --model m --layers 3", "--layers"),
+            ("profile-reload --shape qwen2-0.5b --changed 0.1,2", "write a share from 0.000001 to 1"),
         ] {
             let line = std::iter::once("grail-proof-worker").chain(arguments.split_ascii_whitespace());
             let error = Arguments::try_parse_from(line).unwrap_err();

@@ -306,3 +306,97 @@ pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     text.unwrap_or("no text").to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use grail_protocol::ids::{GroupIndex, TokenId};
+
+    use super::*;
+    use crate::prover::Reloader;
+
+    const WEIGHTS: WeightsHash = WeightsHash(1);
+
+    /// Proves everything, and has no say in its weights.
+    struct Willing;
+
+    impl Prover for Willing {
+        fn weights(&self) -> WeightsHash {
+            WEIGHTS
+        }
+
+        fn device(&self) -> String {
+            String::new()
+        }
+
+        fn prove(&self, job: &ProveJob) -> Result<GroupProof, ComputeError> {
+            let (group, weights) = (job.group, WEIGHTS);
+            Ok(GroupProof { group, weights, prompt_sketches: vec![], members: vec![], compute: Duration::ZERO })
+        }
+
+        fn verify(&self, _: &VerifyJob) -> Result<Vec<RowFacts>, ComputeError> {
+            Ok(vec![])
+        }
+
+        fn reloader(&self) -> Box<dyn Reloader> {
+            panic!("nobody asks for it here")
+        }
+    }
+
+    struct Failing(fn() -> ComputeError);
+
+    impl Prepared for Failing {
+        fn weights(&self) -> WeightsHash {
+            WeightsHash(2)
+        }
+
+        fn way(&self) -> Way {
+            Way { from_changes: false, in_shadow: false }
+        }
+
+        fn take_over(self: Box<Self>) -> Result<Retired, ComputeError> {
+            Err(self.0())
+        }
+    }
+
+    /// What becomes of a proof and of rows that are queued behind a reload that fails.
+    fn behind(reload: fn() -> ComputeError) -> (TakenOver, Vec<Outcome>) {
+        let (work, inbox) = mpsc::channel();
+        let (outcomes, mut answers) = async_mpsc::unbounded_channel();
+        let (done, taken_over) = mpsc::channel();
+        let group = GroupIndex(1);
+        let job = ProveJob {
+            group,
+            weights: WEIGHTS,
+            randomness: vec![],
+            eos_token: TokenId(0),
+            prompt: vec![],
+            completions: vec![],
+        };
+        let rows = VerifyJob { weights: WEIGHTS, rows: vec![] };
+        work.send(Work::TakeOver { prepared: Box::new(Failing(reload)), done }).unwrap();
+        work.send(Work::Prove { id: RequestId(1), job, outcomes: outcomes.clone() }).unwrap();
+        work.send(Work::Verify { id: RequestId(2), job: rows, outcomes }).unwrap();
+        drop(work);
+        compute(Box::new(Willing), &inbox, &Known::default(), &Armed::default());
+        let outcomes = std::iter::from_fn(|| answers.blocking_recv()).collect();
+        (taken_over.recv().unwrap(), outcomes)
+    }
+
+    #[test]
+    fn nothing_is_proved_once_the_weights_are_lost() {
+        let detail = || "as told".to_owned();
+        let lost = |error: &ComputeError| matches!(error, ComputeError::WeightsLost { .. });
+        let panics = || panic!("as told");
+        for reload in [(|| ComputeError::WeightsLost { detail: "as told".to_owned() }) as fn() -> _, panics] {
+            let (taken_over, outcomes) = behind(reload);
+            assert!(matches!(&taken_over.0, Err(error) if lost(error) && error.to_string().contains(&detail())));
+            assert_eq!(outcomes.len(), 2);
+            for outcome in outcomes {
+                assert!(matches!(&outcome, Outcome::Failed { error, .. } if lost(error)), "{outcome:?}");
+            }
+        }
+        let (taken_over, outcomes) = behind(|| ComputeError::Reload { detail: String::new() });
+        assert!(matches!(taken_over.0, Err(ComputeError::Reload { .. })));
+        assert!(matches!(outcomes[..], [Outcome::Proved { .. }, Outcome::Verified { .. }]), "the old ones prove on");
+    }
+}

@@ -100,6 +100,16 @@ pub enum WorkerError {
         #[source]
         source: io::Error,
     },
+    #[error("use the scratch file {}", path.display())]
+    Scratch {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("start the worker to be measured")]
+    StartWorker(#[source] grail_process::SpawnError),
+    #[error("reload the worker that is measured")]
+    Reload(#[source] RequestError),
     #[error("print the profile")]
     Print(#[source] io::Error),
 }
@@ -114,6 +124,8 @@ impl WorkerError {
             | Self::RandomModel { .. }
             | Self::Yardstick(_)
             | Self::Request { .. }
+            | Self::StartWorker(_)
+            | Self::Reload(_)
             | Self::Lost(_) => ExitCode::Temporary,
             Self::Record(RecordError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 ExitCode::MissingInput
@@ -128,7 +140,9 @@ impl WorkerError {
             Self::Socket(SocketError::FolderNotPrivate { .. } | SocketError::PathTooLong { .. }) => {
                 ExitCode::Configuration
             }
-            Self::Socket(_) | Self::Output(_) | Self::Trace { .. } | Self::Print(_) => ExitCode::CannotWrite,
+            Self::Socket(_) | Self::Output(_) | Self::Trace { .. } | Self::Scratch { .. } | Self::Print(_) => {
+                ExitCode::CannotWrite
+            }
             Self::Nobody { .. }
             | Self::Connection(_)
             | Self::Poisoned { .. }

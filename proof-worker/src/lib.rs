@@ -29,5 +29,6 @@ pub fn run(command: Command) -> Result<(), WorkerError> {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Prove(arguments) => prove_file::run(&arguments),
         Command::Profile(arguments) => profile::run(&arguments),
+        Command::ProfileReload(arguments) => profile::reload::run(&arguments),
     }
 }

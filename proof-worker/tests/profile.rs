@@ -204,3 +204,50 @@ fn what_cannot_be_profiled_is_told_with_its_exit_code() {
         assert!(error.contains(text), "{arguments:?}: {error}");
     }
 }
+
+#[test]
+fn reloads_are_measured_with_requests_in_flight() {
+    let scratch = tempfile::tempdir().unwrap();
+    let run = |more: &[&str]| {
+        let folder = model();
+        let common = ["--model", folder.to_str().unwrap(), "--threads", "1", "--repeats", "1", "--changed", "0.01,0.5"];
+        Command::new(PROGRAM)
+            .arg("profile-reload")
+            .args(common)
+            .arg("--scratch")
+            .arg(scratch.path())
+            .args(more)
+            .output()
+            .unwrap()
+    };
+    let output = run(&["--json"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((report["schema"].as_u64(), report["device"].as_str()), (Some(1), Some("cpu")));
+    assert!(number(&report, "/read_once_ms") > 0.0 && number(&report, "/request_ms") > 0.0);
+    let cases = report["cases"].as_array().unwrap();
+    // Full, and a delta for each share: when ordered, staged before, and in place.
+    let kinds: Vec<(&str, bool, bool)> = cases
+        .iter()
+        .map(|case| {
+            let flag = |name: &str| case[name].as_bool().unwrap();
+            (case["source"].as_str().unwrap(), flag("in_shadow"), flag("staged"))
+        })
+        .collect();
+    let kind = |in_shadow, staged| ["full", "delta", "delta"].map(|source| (source, in_shadow, staged));
+    assert_eq!(kinds, [kind(true, false), kind(true, true), kind(false, false)].concat());
+    for case in cases {
+        assert!(number(case, "/total_ms") >= number(case, "/stall_ms"), "{case}");
+        assert!(number(case, "/longest_request_ms") > 0.0, "{case}");
+        assert_eq!(case["staging_ms"].is_f64(), case["staged"] == true);
+    }
+    let changed = number(&cases[1], "/changed");
+    assert!((0.005..0.02).contains(&changed), "{changed}");
+
+    let output = run(&[]);
+    let table = String::from_utf8(output.stdout).unwrap();
+    for part in ["read once ", "longest request ms", "delta 1.0 %", "in place"] {
+        assert!(table.contains(part), "{part:?} in {table}");
+    }
+    assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0, "nothing is left behind");
+}

@@ -33,7 +33,7 @@ pub enum CheckpointError {
     #[error("metadata of checkpoint {checkpoint} does not say how to mine")]
     Policy { checkpoint: CheckpointWindow, source: grail_checkpoint::metadata::PolicyError },
     #[error("install checkpoint {checkpoint}")]
-    Install { checkpoint: CheckpointWindow, source: InstallError },
+    Install { checkpoint: CheckpointWindow, source: Box<InstallError> },
     #[error("use the files of checkpoint {checkpoint}")]
     Files { checkpoint: CheckpointWindow, source: FilesError },
 }
@@ -272,7 +272,7 @@ impl Checkpoints {
         let installed = cache
             .install(store, &published, &wanted)
             .await
-            .map_err(|source| CheckpointError::Install { checkpoint, source })?;
+            .map_err(|source| CheckpointError::Install { checkpoint, source: Box::new(source) })?;
         self.hold(checkpoint);
         let folder = installed.folder.clone();
         let files = tokio::task::spawn_blocking(move || CheckpointFiles::read(&folder))

@@ -4,6 +4,7 @@ mod flop;
 mod groups;
 mod lengths;
 mod local;
+pub mod reload;
 mod remote;
 mod report;
 mod run;

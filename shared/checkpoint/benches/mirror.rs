@@ -3,6 +3,8 @@
 //! `cargo bench -p grail-checkpoint --bench mirror`. The checkpoint has 1 GB of random BF16 weights, or
 //! `GRAIL_BENCH_CHECKPOINT_BYTES`; three times that is needed on the disk of the temporary folder, and the page cache should hold it.
 
+#![expect(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
+
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::path::Path;

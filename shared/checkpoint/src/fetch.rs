@@ -33,7 +33,11 @@ impl Fetcher<'_> {
         let manifest = metadata.files().map_err(|source| InstallError::Files { window, source })?;
         let folder = self.cache.download_folder(window, metadata.tree);
         std::fs::create_dir_all(&folder).map_err(|source| CacheError::io(&folder, source))?;
-        let files = manifest.required().map(|(name, expected)| self.file(metadata, name, expected, &folder));
+        // One by one: a closure over borrowed names would keep the whole installation from being `Send`.
+        let mut files = Vec::new();
+        for (name, expected) in manifest.required() {
+            files.push(self.file(metadata, name, expected, &folder));
+        }
         let fetched: Result<(), InstallError> =
             stream::iter(files).buffer_unordered(self.store.limits().parallel.max(1)).try_collect().await;
         fetched?;

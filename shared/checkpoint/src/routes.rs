@@ -216,11 +216,10 @@ impl<'a> Routes<'a> {
                 return;
             }
             let looked_at = self.look_at_base(&walk).await;
-            let found = looked_at.found;
-            let base = walk.base;
+            let suffices = looked_at.found.is_some_and(|found| self.suffices(&walk, found));
             walk.looked_at = Some(looked_at);
             self.walk = Some(walk);
-            if found.is_some_and(|found| self.suffices(base, found)) {
+            if suffices {
                 return;
             }
         }
@@ -251,12 +250,13 @@ impl<'a> Routes<'a> {
     }
 
     /// Whether no base further back can be cheaper or better than the one that was found.
-    fn suffices(&self, base: CheckpointWindow, found: Found) -> bool {
-        let cached_below = self.cached.range(..base).next().is_some();
-        let preferred_below = self.preferred.is_some_and(|window| window < base);
+    fn suffices(&self, walk: &Walk, found: Found) -> bool {
+        let preferred_below = self.preferred.is_some_and(|window| window < walk.base);
+        let cached_below = self.cached.range(..walk.base).next().is_some();
+        let cheapest = self.open.iter().map(|route| route.bytes).min();
         match found {
             Found::Cached => !preferred_below,
-            Found::InStore => !cached_below,
+            Found::InStore => !cached_below || cheapest.is_some_and(|bytes| bytes <= walk.bytes),
         }
     }
 }

@@ -166,7 +166,7 @@ fn of_checkpoint(error: &CheckpointError) -> ExitCode {
     match error {
         CheckpointError::Choose(grail_checkpoint::ChooseError::NoneReady { .. }) => ExitCode::MissingInput,
         CheckpointError::Choose(_) | CheckpointError::Metadata { .. } => ExitCode::Unavailable,
-        CheckpointError::Install { source, .. } if is_storage_full(source) => ExitCode::CannotWrite,
+        CheckpointError::Install { source, .. } if is_storage_full(&**source) => ExitCode::CannotWrite,
         CheckpointError::Files { source: FilesError::Task(_), .. } => ExitCode::Bug,
         _ => ExitCode::BadData,
     }

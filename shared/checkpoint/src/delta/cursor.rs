@@ -63,9 +63,22 @@ impl<'a> Cursor<'a> {
     /// # Errors
     /// [`DeltaError::IndexRange`], or [`DeltaError::Io`] if the payload cannot be read any more.
     pub fn next_block(&mut self) -> Result<Option<Changes<'_>>, DeltaError> {
-        let count = BLOCK_CHANGES.min(self.tensor.listed - self.next);
+        let (first, count) = (self.next, self.next_positions()?);
         if count == 0 {
             return Ok(None);
+        }
+        let width = self.tensor.width;
+        self.values.resize(self.positions.len() * width, 0);
+        self.payload.read_at(&mut self.values, self.tensor.values + first * width as u64)?;
+        self.applied = 0;
+        Ok(Some(Changes { positions: &self.positions, values: &self.values }))
+    }
+
+    /// Decodes the next positions and returns how many there are.
+    fn next_positions(&mut self) -> Result<u64, DeltaError> {
+        let count = BLOCK_CHANGES.min(self.tensor.listed - self.next);
+        if count == 0 {
+            return Ok(0);
         }
         match self.tensor.layout {
             Layout::Flat(indices) => {
@@ -78,12 +91,8 @@ impl<'a> Cursor<'a> {
                 self.walk_rows()?;
             }
         }
-        let width = self.tensor.width;
-        self.values.resize(self.positions.len() * width, 0);
-        self.payload.read_at(&mut self.values, self.tensor.values + self.next * width as u64)?;
         self.next += count;
-        self.applied = 0;
-        Ok(Some(Changes { positions: &self.positions, values: &self.values }))
+        Ok(count)
     }
 
     /// Reads all positions.
@@ -92,7 +101,7 @@ impl<'a> Cursor<'a> {
     /// [`DeltaError::IndexRange`] for the first position outside the tensor, else [`DeltaError::Order`] for the first that
     /// does not ascend.
     pub(super) fn check(mut self) -> Result<(), DeltaError> {
-        while self.next_block()?.is_some() {}
+        while self.next_positions()? > 0 {}
         match self.disorder {
             None => Ok(()),
             Some(change) => Err(DeltaError::Order { tensor: self.name.to_owned(), change }),

@@ -49,6 +49,10 @@ pub enum Fault {
     Vanishing { key: String },
     /// After this many bodies nothing answers any more, except for the sizes of objects.
     Outage { bodies: usize },
+    /// After this many bodies no further one comes.
+    HangAfter { bodies: usize },
+    /// The listing says that every object is larger than any disk.
+    Inflated,
     /// Every access is refused.
     Denied,
 }
@@ -166,6 +170,8 @@ impl FaultyStore {
                 let whole = collect(body).await?;
                 body = GetResultPayload::Stream(stream::iter([Ok(start(&whole, bytes)), Err(server_error())]).boxed());
             }
+            Some(Fault::HangAfter { bodies: 0 }) => body = GetResultPayload::Stream(stream::pending().boxed()),
+            Some(Fault::HangAfter { bodies }) => self.fail(Fault::HangAfter { bodies: bodies - 1 }),
             Some(Fault::Silent { key }) if key == location.as_ref() => {
                 body = GetResultPayload::Stream(stream::pending().boxed());
             }
@@ -254,6 +260,10 @@ impl ObjectStore for FaultyStore {
                 *times -= 1;
                 listed.take(*objects).chain(stream::iter([Err(server_error())])).boxed()
             }
+            Some(Fault::Inflated) => {
+                let inflate = |object: ObjectMeta| ObjectMeta { size: 1 << 60, ..object };
+                listed.map(move |object| object.map(inflate)).boxed()
+            }
             Some(Fault::Denied) => {
                 let denied = object_store::Error::PermissionDenied { path: String::new(), source: "no".into() };
                 stream::iter([Err(denied)]).boxed()
@@ -285,11 +295,17 @@ pub fn checkpoints(store: &Arc<FaultyStore>) -> CheckpointStore {
     CheckpointStore::with_limits(Arc::clone(store) as Arc<dyn ObjectStore>, impatient())
 }
 
-/// Limits under which a test fails fast, with ranges that small objects have several of.
+/// Limits under which failures are soon final, with ranges that small objects have several of.
 pub fn impatient() -> Limits {
     let retry = RetryLimits { attempts: 3, first_wait: Duration::ZERO, longest_wait: Duration::ZERO };
-    let stall = Duration::from_millis(200);
+    let stall = Duration::from_secs(20);
     Limits { stall, retry, range_bytes: 1000, parallel_ranges: 3, ..Limits::default() }
+}
+
+/// Waits for nobody.
+pub fn hasty(store: &Arc<FaultyStore>) -> CheckpointStore {
+    let limits = Limits { stall: Duration::from_millis(50), ..impatient() };
+    CheckpointStore::with_limits(Arc::clone(store) as Arc<dyn ObjectStore>, limits)
 }
 
 /// A model folder with two tensors and two other files.

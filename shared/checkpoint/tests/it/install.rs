@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use crate::faulty::{Fault, FaultyStore, WINDOW, checkpoints, full_key, metadata_input, model_folder, publish};
+use crate::faulty::{Fault, FaultyStore, WINDOW, checkpoints, full_key, hasty, metadata_input, model_folder, publish};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use grail_checkpoint::cache::Entry;
@@ -240,7 +240,9 @@ async fn a_transfer_that_was_damaged_once_is_repaired() {
 async fn a_store_that_says_nothing_is_given_up() {
     let bench = Bench::published().await;
     bench.store.fail(Fault::Silent { key: full_key("config.json") });
-    let error = bench.install().await.unwrap_err();
+    let published = bench.checkpoints.published(WINDOW).await.unwrap();
+    let store = hasty(&bench.store);
+    let error = bench.cache.install(&store, &published, &Wanted::default()).await.unwrap_err();
     assert!(matches!(error, InstallError::Fetch { source: StoreError::Stalled { .. }, .. }), "{error}");
     assert!(bench.cache.windows().unwrap().is_empty());
 }

@@ -2,8 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod chains;
+mod codec;
+mod downloads;
 mod faulty;
+mod folders;
+mod golden_installs;
+mod housekeeping;
 mod install;
+mod interrupted;
+mod mirror;
 mod properties;
+mod reconstruction;
+mod trainer;
 mod vectors;
 mod weights;

@@ -28,7 +28,7 @@ pub enum CheckpointCommandError {
     #[error("ask the trainer's store")]
     Store(#[from] StoreError),
     #[error("install checkpoint {checkpoint}")]
-    Install { checkpoint: CheckpointWindow, source: InstallError },
+    Install { checkpoint: CheckpointWindow, source: Box<InstallError> },
     #[error("use the cache of checkpoints")]
     Cache(#[from] CacheError),
 }

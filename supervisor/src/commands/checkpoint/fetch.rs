@@ -46,7 +46,7 @@ pub async fn fetch(site: &Site, target: FetchTarget, form: Form) -> Result<Strin
         if !stored && source.class() == FailureClass::NoMetadata {
             return CheckpointCommandError::NotInStore { checkpoint, store: site.store.to_string() };
         }
-        CheckpointCommandError::Install { checkpoint, source }
+        CheckpointCommandError::Install { checkpoint, source: Box::new(source) }
     })?;
     FetchReport::new(&installed, received, took).print(form)
 }

@@ -32,7 +32,7 @@ pub(super) struct RoutesReport {
 pub(super) async fn routes(site: &Site, published: &Published) -> Result<RoutesReport, CheckpointCommandError> {
     let checkpoint = published.window;
     let routes = site.cache.routes(&site.store, published, &Wanted::default()).await;
-    let routes = routes.map_err(|source| CheckpointCommandError::Install { checkpoint, source })?;
+    let routes = routes.map_err(|source| CheckpointCommandError::Install { checkpoint, source: Box::new(source) })?;
     let open = routes.open.into_iter().map(|route| {
         let (from, base) = match route.base {
             RouteBase::Cached(window) => ("cached", window),

@@ -9,7 +9,7 @@ use grail_process::with_causes;
 use grail_protocol::ids::{CheckpointWindow, WeightsHash};
 use serde::Serialize;
 
-use super::table::{count, size};
+use super::table::count;
 use super::{CheckpointCommandError, Report, SCHEMA, Site};
 use crate::commands::CommandError;
 use crate::commands::control::Form;
