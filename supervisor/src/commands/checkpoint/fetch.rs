@@ -35,9 +35,9 @@ pub async fn fetch(site: &Site, target: FetchTarget, form: Form) -> Result<Strin
         }
     };
     let published = site.store.published(checkpoint).await.map_err(CheckpointCommandError::from)?;
+    let in_use = is_in_use(site, checkpoint).await;
     let meter = Meter::start(checkpoint);
-    let wanted =
-        Wanted { progress: Some(meter.report()), in_use: is_in_use(site, checkpoint).await, ..Wanted::default() };
+    let wanted = Wanted { progress: Some(meter.report()), in_use, ..Wanted::default() };
     let installed = site.cache.install(&site.store, &published, &wanted).await;
     let (received, took) = meter.finish();
     let installed = installed.map_err(|source| {

@@ -91,11 +91,11 @@ impl Report for PruneReport {
         let rows = self.removed.iter().map(|row| format!("{verb} checkpoint {}, {}", row.window, size(row.bytes)));
         let bytes = |rows: &[PrunedRow]| size(rows.iter().map(|row| row.bytes).sum());
         let last = format!(
-            "cache {}: {verb} {}, {}; {} stay, {}",
+            "cache {}: {verb} {}, {}; {} left, {}",
             self.place,
             count(self.removed.len(), "checkpoint"),
             bytes(&self.removed),
-            self.kept.len(),
+            count(self.kept.len(), "checkpoint"),
             bytes(&self.kept)
         );
         let in_use: Vec<String> = self.in_use.iter().map(ToString::to_string).collect();
