@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use grail_checkpoint::{HashAgreement, Installed, Listing, MadeFrom, ProgressFn, Wanted, ready};
+use grail_checkpoint::{FailureClass, HashAgreement, Installed, Listing, MadeFrom, ProgressFn, Wanted, ready};
 use grail_protocol::ids::{CheckpointWindow, WeightsHash};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
@@ -43,11 +43,10 @@ pub async fn fetch(site: &Site, target: FetchTarget, form: Form) -> Result<Strin
     let installed = installed.map_err(|source| {
         // What is no longer published may be cached all the same; only if it is not, its absence is the reason.
         let stored = catalogue(&listing).get(&checkpoint).is_some_and(|stored| !stored.trees.is_empty());
-        if stored {
-            CheckpointCommandError::Install { checkpoint, source: Box::new(source) }
-        } else {
-            CheckpointCommandError::NotInStore { checkpoint, store: site.store.to_string() }
+        if !stored && source.class() == FailureClass::NoMetadata {
+            return CheckpointCommandError::NotInStore { checkpoint, store: site.store.to_string() };
         }
+        CheckpointCommandError::Install { checkpoint, source: Box::new(source) }
     })?;
     FetchReport::new(&installed, received, took).print(form)
 }
