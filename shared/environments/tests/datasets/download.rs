@@ -188,9 +188,21 @@ async fn what_the_hub_did_not_promise_is_not_kept() {
 }
 
 #[tokio::test]
+async fn no_file_lands_outside_the_cache() {
+    let home = tempfile::tempdir().unwrap();
+    let readme = "---\nconfigs:\n- config_name: full\n  data_files:\n  - split: validation\n    path: \"**/evil\"\n  \
+         - split: test\n    path: \"**/evil\"\n---\n";
+    let names = [("README.md", readme), ("../../../../evil", "rows")];
+    let hub = Hub::start(names.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())).into()).await;
+    let error = datasets(hub.settings(home.path())).open(EnvironmentId::Mbpp, Split::Val).await.unwrap_err();
+    assert!(error.to_string().contains("is no name of a file in a snapshot"), "{error}");
+    assert!(!home.path().join("evil").exists());
+}
+
+#[tokio::test]
 async fn an_unreachable_hub_is_one_place_of_several() {
     let home = tempfile::tempdir().unwrap();
-    let hub = Hub::start(BTreeMap::from([("../../evil.parquet".to_owned(), Vec::new())])).await;
+    let hub = Hub::start(BTreeMap::new()).await;
     let error = datasets(hub.settings(home.path())).open(EnvironmentId::Mbpp, Split::Val).await.unwrap_err();
     assert!(error.to_string().contains("no full/validation-*.parquet"), "{error}");
     let mut settings = hub.settings(home.path());
