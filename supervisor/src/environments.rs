@@ -13,6 +13,8 @@ use grail_environments::{Environment, EnvironmentId, Split};
 pub enum SourceError {
     #[error("open the data set of environment {environment}")]
     Dataset { environment: EnvironmentId, source: DatasetError },
+    #[error("environment {environment} is not served yet; windows with this checkpoint are skipped")]
+    NotServed { environment: EnvironmentId },
 }
 
 /// Opens environments from one file of rows.
@@ -48,6 +50,9 @@ impl EnvironmentSource {
                 Gsm8k::from_file(&self.rows, split)
                     .map_err(|source| SourceError::Dataset { environment: id, source })?,
             ),
+            EnvironmentId::Math | EnvironmentId::Mbpp | EnvironmentId::HumanEval => {
+                return Err(SourceError::NotServed { environment: id });
+            }
         };
         self.open.insert((id, split), environment.clone());
         Ok(environment)
