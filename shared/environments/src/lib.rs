@@ -7,6 +7,8 @@ mod environment;
 mod evaluator;
 pub mod gsm8k;
 mod id;
+pub mod pool;
+pub mod sandbox;
 mod split;
 mod tags;
 mod task_id;
