@@ -14,7 +14,8 @@ use super::protocol::{Kind, Reply, Request, Status};
 use super::role::{Zygote, stop_plan};
 use super::verdict::TEST_LIMIT_S;
 
-/// Beyond the tests' own time, until the interpreter kills the child.
+/// On a busy machine a test may wait this many times as long as it may run; then the interpreter kills the child.
+const MOST_BUSY: u64 = 3;
 const DEADLINE_GRACE_S: u64 = 2;
 /// Beyond the tests' own time, until the kernel ends the child.
 const CPU_GRACE_S: u64 = 5;
@@ -248,7 +249,7 @@ impl<'j> Question<'j> {
                     tests: Some(tests),
                     pairs: None,
                     time_s: TEST_LIMIT_S,
-                    wall_s: seconds + DEADLINE_GRACE_S,
+                    wall_s: seconds * MOST_BUSY + DEADLINE_GRACE_S,
                     cpu_s: has_limits.then_some(seconds + CPU_GRACE_S),
                 }
             }
@@ -291,23 +292,24 @@ pub(super) fn tell_outcome(job: Job, outcome: Outcome) {
     drop(job.reply.send(outcome));
 }
 
-/// Deaths of evaluators are cheap and may come from what they run, so more of them are borne than of other children.
+/// Deaths of evaluators are cheap, so more of them are borne than of other children. The delays are short enough for starts
+/// that always fail to exceed the limit within half a minute: jobs wait until then.
 fn policy(name: String, patience: Patience) -> ChildPolicy {
     ChildPolicy {
         name,
         start_limit: patience.start,
         restart: RestartPolicy {
             intensities: vec![
-                Intensity { most: 20, period: Duration::from_secs(60) },
-                Intensity { most: 100, period: Duration::from_secs(1_800) },
+                Intensity { most: 10, period: Duration::from_secs(60) },
+                Intensity { most: 60, period: Duration::from_secs(1_800) },
             ],
             backoff: BackoffPolicy {
                 first: Duration::from_millis(50),
-                most: Duration::from_secs(10),
+                most: Duration::from_secs(5),
                 jitter: 0.5,
                 forgiven_after: Duration::from_secs(30),
             },
-            quarantine: Some(Duration::from_secs(300)),
+            quarantine: Some(Duration::from_secs(120)),
         },
         stop: stop_plan(),
         kill: stop_plan(),

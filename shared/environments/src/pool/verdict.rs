@@ -5,11 +5,13 @@ use std::time::Duration;
 use super::protocol::{Reply, SyntaxFound};
 use crate::evaluator::{EvaluatorError, ProgramVerdict, Syntax, TestOutcome};
 
-/// Seconds that a test has in the sandbox. In the reference an alarm ends it after five: one that runs on until here was ended
+/// Seconds that a test has in the sandbox, counted as if the machine had nothing else to do. In the reference an alarm ends it after five: one that runs on until here was ended
 /// there too, and one that ends between [`NEAR_ALARM`] and here may have been or not.
 pub(super) const TEST_LIMIT_S: u64 = 8;
 /// A test that ends by itself after this may not end in time on a validator.
 const NEAR_ALARM: Duration = Duration::from_secs(4);
+/// An alarm that rings before has rung because the machine was too busy to tell.
+const NEAR_LIMIT: Duration = Duration::from_secs(7);
 /// A program with a test that takes longer is run twice.
 const LONG: Duration = Duration::from_millis(2_500);
 
@@ -26,6 +28,10 @@ pub(super) fn of_run(reply: &Reply) -> Result<ProgramVerdict, EvaluatorError> {
     if let Some(index) = late {
         let seconds = reply.tests[index].wall().as_secs_f64();
         let detail = format!("test {index} took {seconds:.1} s, too near to the limit of 5 s");
+        return Err(EvaluatorError::Undecidable { detail });
+    }
+    if let Some(index) = reply.tests.iter().position(|test| test.timed_out() && test.wall() < NEAR_LIMIT) {
+        let detail = format!("test {index} was ended before it had its time, because this machine is too busy");
         return Err(EvaluatorError::Undecidable { detail });
     }
     let syntax = match reply.syntax {
@@ -81,6 +87,13 @@ mod tests {
         }
         let verdict = of_run(&reply(&[(Some("Timeout"), 8_000), (None, 1)], false)).unwrap();
         assert_eq!(verdict.tests.iter().map(TestOutcome::has_passed).collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[test]
+    fn an_alarm_on_a_busy_machine_says_nothing() {
+        let error = of_run(&reply(&[(Some("Timeout"), 6_999)], false)).unwrap_err();
+        assert!(error.to_string().contains("too busy"), "{error}");
+        assert!(of_run(&reply(&[(Some("Timeout"), 7_500)], false)).is_ok());
     }
 
     #[test]
