@@ -28,7 +28,7 @@ async fn without_their_layers_attacks_reach_their_goals() {
         let Some(pool) = weakened(attack.guards).await else { continue };
         let found = run(&pool, &attack.code, &["pass"]).await;
         assert_eq!(found.as_ref().map(classes), Ok(vec!["-"]), "{}", attack.name);
-        assert_goal(&attack.name, &mut planted);
+        assert_goal(attack.name, &mut planted);
         let state = until(&mut pool.program_states(), |state| state.is_ready).await;
         if let Some(interpreter) = interpreter(state.pid.expect("a process"), pool.layers())
             && pool.layers().has(Layer::Namespaces)
