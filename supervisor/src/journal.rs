@@ -29,6 +29,17 @@ pub enum Event {
         pid: u32,
         epoch: u64,
     },
+    /// Its process took other weights, proven by their checksum.
+    WorkerRolled {
+        slot: u32,
+        epoch: u64,
+        weights: WeightsHash,
+        /// Microseconds in which it could not prove.
+        stall_us: u64,
+        /// Whether only what changed was applied, instead of reading the checkpoint's folder.
+        from_changes: bool,
+        in_shadow: bool,
+    },
     WorkerLost {
         slot: u32,
         epoch: u64,

@@ -114,9 +114,14 @@ impl Miner {
             if failed.as_ref().is_some_and(|(of, _)| *of != window) {
                 self.give_up(failed.take(), &mut summary);
             }
+            let over = window_over(self.chain.clone(), window);
             let prepared = tokio::select! {
                 prepared = self.prepare(window, head) => prepared,
                 () = stop.now.cancelled() => break,
+                () = over => {
+                    failed = Some((window, "its checkpoint was not here before the window was over".to_owned()));
+                    continue;
+                }
             };
             let (parts, checkpoint) = match prepared {
                 Ok(prepared) => prepared,
@@ -136,7 +141,7 @@ impl Miner {
             };
             failed = None;
             let before = done.replace(window);
-            self.checkpoints.activate(checkpoint.installed.window).await;
+            self.checkpoints.activate(checkpoint.installed.window);
             let fleet = self.fleet.roll(&checkpoint);
             let outcome = match self.engine.run_window(parts, &stop, fleet).await {
                 Err(EngineError::Spool(error @ SpoolError::OtherWindow { .. })) => {
@@ -156,6 +161,7 @@ impl Miner {
                 // The same window once more, with the checkpoint that is its own.
                 Outcome::Superseded { .. } => done = before,
             }
+            self.checkpoints.let_go();
         }
         self.give_up(failed, &mut summary);
         Ok(summary)
@@ -178,7 +184,7 @@ impl Miner {
             return Ok(());
         }
         let checkpoint = self.checkpoints.for_window(window).await.map_err(MineError::FirstCheckpoint)?;
-        self.checkpoints.activate(checkpoint.installed.window).await;
+        self.checkpoints.activate(checkpoint.installed.window);
         Ok(self.fleet.roll(&checkpoint).await?)
     }
 
@@ -313,6 +319,16 @@ impl Miner {
     fn skip(&mut self, window: WindowStart, reason: String) {
         tracing::warn!(%window, reason, "Window skipped.");
         self.engine.journal.record(Event::WindowSkipped { window, reason });
+    }
+}
+
+/// Ends when the chain has left `window`.
+async fn window_over(chain: Arc<dyn Chain>, window: WindowStart) {
+    loop {
+        tokio::time::sleep(chain.nominal_block_time()).await;
+        if chain.head().await.is_ok_and(|head| head.block >= window.end()) {
+            return;
+        }
     }
 }
 

@@ -61,7 +61,7 @@ impl Prefetcher {
             let is_due = |next: &CheckpointWindow| failed.get(next).is_none_or(|failed| failed.again <= Instant::now());
             let is_new = |next: &CheckpointWindow| *next != active && Some(*next) != fetched;
             let Some(next) = next.filter(is_new).filter(is_due) else { continue };
-            match self.fetch(next).await {
+            match self.fetch(next, pause).await {
                 Some(Ok(ready)) => {
                     fetched = Some(next);
                     failed.remove(&next);
@@ -85,13 +85,31 @@ impl Prefetcher {
         Ok(listing.resolve(next).map(|choice| choice.checkpoint))
     }
 
-    /// Fetches `next`, unless a window waits for another checkpoint meanwhile.
-    async fn fetch(&self, next: CheckpointWindow) -> Option<Result<Arc<ReadyCheckpoint>, CheckpointError>> {
+    /// Fetches `next`, unless a window waits for another checkpoint meanwhile, or the next one will. The store is listed all the
+    /// time: whoever mines relies on it to hear of late markers.
+    async fn fetch(
+        &self,
+        next: CheckpointWindow,
+        pause: Duration,
+    ) -> Option<Result<Arc<ReadyCheckpoint>, CheckpointError>> {
         let other_demanded = self.checkpoints.other_demanded(next);
         tokio::select! {
             biased;
             fetched = self.checkpoints.obtain(next) => Some(fetched),
             () = other_demanded => None,
+            () = self.other_next(next, pause) => None,
+        }
+    }
+
+    /// Ends when the rule demands another checkpoint than `next` of the next window.
+    async fn other_next(&self, next: CheckpointWindow, pause: Duration) {
+        loop {
+            tokio::time::sleep(pause).await;
+            match self.demand().await {
+                Ok(Some(demanded)) if demanded != next => return,
+                Ok(_) => {}
+                Err(error) => tracing::debug!(error = with_causes(&error), "The store was not listed."),
+            }
         }
     }
 

@@ -46,6 +46,7 @@ fn two_windows_with_a_roll_in_between_are_mined_and_accepted() {
     let rolled: Vec<_> = of_kind(&events, "checkpoint_active").iter().map(|event| event["weights"].clone()).collect();
     assert_eq!(rolled.len(), 2, "one checkpoint a window");
     assert_ne!(rolled[0], rolled[1]);
+    the_roll_is_by_delta_without_a_new_process(&events, &state);
     let workers: std::collections::BTreeSet<_> =
         of_kind(&events, "group_spooled").iter().map(|event| event["slot"].as_u64().unwrap()).collect();
     assert_eq!(workers.into_iter().collect::<Vec<_>>(), [0, 1], "both workers proved");
@@ -66,6 +67,28 @@ fn two_windows_with_a_roll_in_between_are_mined_and_accepted() {
     }
     old_weights_do_not_pass_for_new_ones(&verdicts, folder.path());
     spooled_groups_are_all_in_the_files(&events, &verdicts);
+}
+
+fn the_roll_is_by_delta_without_a_new_process(events: &[Value], state: &Path) {
+    let trees = state.join("store/grail/checkpoints/checkpoint-3000");
+    assert!(!trees.join("FULL").exists(), "the second checkpoint is only published as a DELTA");
+    let facts = std::fs::read(trees.join("DELTA/delta_metadata.json")).unwrap();
+    let facts: Value = serde_json::from_slice(&facts).unwrap();
+    let changed = facts["nonzero_params"].as_f64().unwrap() / facts["total_params"].as_f64().unwrap();
+    assert!(changed >= 0.01, "{facts:#}");
+
+    assert_eq!(of_kind(events, "worker_ready").len(), 2, "each slot had one process");
+    assert_eq!(of_kind(events, "worker_lost").len(), 0);
+    let rolled = of_kind(events, "worker_rolled");
+    let second = &of_kind(events, "checkpoint_active")[1]["weights"];
+    assert_eq!(rolled.len(), 2, "{rolled:#?}");
+    assert!(rolled.iter().all(|roll| roll["from_changes"] == true && roll["weights"] == *second), "{rolled:#?}");
+    let servers = of_kind(events, "server_ready");
+    assert_eq!(servers.len(), 2, "{servers:#?}");
+    assert_eq!(servers[0]["incarnation"], servers[1]["incarnation"], "the server was updated, not started anew");
+    let installed = events.iter().position(|event| event["kind"] == "checkpoint_installed");
+    let second_window = events.iter().rposition(|event| event["kind"] == "window_started");
+    assert!(installed < second_window, "the checkpoint was here before its window");
 }
 
 fn old_weights_do_not_pass_for_new_ones(verdicts: &Value, folder: &Path) {

@@ -64,6 +64,8 @@ impl ServerClient {
         let http = reqwest::Client::builder()
             // A proxy from the environment must not see loopback traffic.
             .no_proxy()
+            // Plain HTTP: a host without certificates must not stop it.
+            .tls_certs_only([])
             .http1_only()
             .pool_idle_timeout(POOL_IDLE)
             .connect_timeout(QUICK)

@@ -2,7 +2,7 @@
 //!
 //! Nothing is added or rounded: applying a delta overwrites. A payload is unpacked, and every position in it is checked,
 //! before the first value is handed out; what is wrong with it has a [`DeltaClass`]. Memory is bounded by the model: the
-//! size of the frame is checked first, payloads over 64 MiB are unpacked into a file, and changes are decoded in blocks.
+//! size of the frame is checked first, payloads over 16 MiB are unpacked into a file, and changes are decoded in blocks.
 
 mod cursor;
 mod encode;
@@ -43,7 +43,7 @@ pub struct Delta {
 }
 
 impl Delta {
-    /// Decodes a payload file. A payload over 64 MiB is unpacked into a nameless file in the folder `scratch`.
+    /// Decodes a payload file. A payload over 16 MiB is unpacked into a nameless file in the folder `scratch`.
     ///
     /// # Errors
     /// As [`Self::decode`].

@@ -11,7 +11,7 @@ use crate::install::InstallError;
 use crate::layout::object_key;
 use crate::manifest::{FileDefect, FolderDefect, Sha256Digest, hash_file};
 use crate::metadata::Metadata;
-use crate::progress::Meter;
+use crate::progress::{FileMeter, Meter};
 use crate::store::{CheckpointStore, StoreError, ledger};
 
 /// How often an object is fetched whose bytes are not those of the manifest: a damaged transfer is repaired, a damaged
@@ -58,17 +58,16 @@ impl Fetcher<'_> {
         if let Some(parent) = target.parent() {
             std::fs::create_dir_all(parent).map_err(|source| CacheError::io(parent, source))?;
         }
-        if self.is_here(&target, expected).await? {
+        let meter = self.meter.file();
+        if is_here(&target, expected, &meter).await? {
             return Ok(());
         }
         let key = object_key(window, tree, name);
         let mut attempt = 1;
         loop {
-            let before = self.meter.received();
-            let defect = match self.store.download_metered(&key, &target, &self.meter).await {
+            let defect = match self.store.download_metered(&key, &target, &meter).await {
                 Ok(fetched) if fetched.sha256 == expected => return Ok(()),
                 Ok(fetched) => {
-                    self.meter.take_back(fetched.bytes);
                     let defect = FileDefect::Hash { expected, found: fetched.sha256, bytes: fetched.bytes };
                     let source = FolderDefect { path: name.to_owned(), defect };
                     InstallError::File { window, tree, source }
@@ -79,32 +78,32 @@ impl Fetcher<'_> {
                 // What arrived stays where it is, for the next attempt.
                 Err(source) => return Err(InstallError::fetch(window, source)),
             };
+            meter.forget();
             ledger::discard(&target).map_err(|source| CacheError::io(&target, source))?;
             if attempt == ATTEMPTS {
                 return Err(defect);
             }
-            tracing::warn!(checkpoint = %window, key, received = before, error = &defect as &dyn std::error::Error,
-                "Fetching a file again.");
+            tracing::warn!(checkpoint = %window, key, error = &defect as &dyn std::error::Error, "Fetching a file again.");
             attempt += 1;
         }
     }
+}
 
-    /// Whether an earlier attempt has fetched the file; one with other bytes is removed, an unfinished one stays.
-    async fn is_here(&self, target: &Path, expected: Sha256Digest) -> Result<bool, InstallError> {
-        if !target.exists() || ledger::is_unfinished(target) {
-            return Ok(false);
-        }
-        let path = target.to_path_buf();
-        let hashed = tokio::task::spawn_blocking(move || hash_file(&path)).await;
-        let io = |source| CacheError::io(target, source);
-        let (bytes, found) = hashed.unwrap_or_else(|panic| Err(std::io::Error::other(panic))).map_err(io)?;
-        if found == expected {
-            self.meter.add(bytes);
-            return Ok(true);
-        }
-        ledger::discard(target).map_err(io)?;
-        Ok(false)
+/// Whether an earlier attempt has fetched the file; one with other bytes is removed, an unfinished one stays.
+async fn is_here(target: &Path, expected: Sha256Digest, meter: &FileMeter<'_>) -> Result<bool, InstallError> {
+    if !target.exists() || ledger::is_unfinished(target) {
+        return Ok(false);
     }
+    let path = target.to_path_buf();
+    let hashed = tokio::task::spawn_blocking(move || hash_file(&path)).await;
+    let io = |source| CacheError::io(target, source);
+    let (bytes, found) = hashed.unwrap_or_else(|panic| Err(std::io::Error::other(panic))).map_err(io)?;
+    if found == expected {
+        meter.add(bytes);
+        return Ok(true);
+    }
+    ledger::discard(target).map_err(io)?;
+    Ok(false)
 }
 
 fn remove_others(folder: &Path, stays: impl Fn(&str) -> bool) -> std::io::Result<()> {

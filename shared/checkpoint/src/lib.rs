@@ -7,7 +7,9 @@
 //!    error and never "no checkpoint": a window is mined only after the rule was evaluated on a complete listing.
 //! 2. [`CheckpointStore::published`] reads the metadata of the chosen checkpoint's trees; [`Published::policy`] gives the
 //!    environment and the sampling parameters, or the reason to skip the window.
-//! 3. [`CheckpointCache::install`] returns the verified folder, from the cache or downloaded.
+//! 3. [`CheckpointCache::install`] returns the verified folder: from the cache, from a cached checkpoint and deltas, or
+//!    downloaded, whichever costs the fewest bytes, and the next way if one fails.
+//! 4. [`CheckpointCache::prune`] removes what neither the limits allow nor anybody uses.
 //!
 //! Nothing here holds weights in memory: objects stream to disk while they are hashed, with a cap per object.
 

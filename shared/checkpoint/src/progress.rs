@@ -53,19 +53,60 @@ impl Meter {
         Self::new(CheckpointWindow(0), 0, None)
     }
 
-    pub(crate) fn add(&self, bytes: u64) {
-        let received = self.received.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if let Some(ProgressFn(report)) = &self.report {
-            report(Progress { window: self.window, received, total: self.total });
-        }
-    }
-
-    /// Bytes that were counted turned out to be of no use.
-    pub(crate) fn take_back(&self, bytes: u64) {
-        self.received.fetch_sub(bytes, Ordering::Relaxed);
+    /// A counter for one file of the route.
+    pub(crate) const fn file(&self) -> FileMeter<'_> {
+        FileMeter { route: self, counted: AtomicU64::new(0) }
     }
 
     pub(crate) fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
+    }
+}
+
+/// Counts the bytes of one file, for itself and for its route.
+#[derive(Debug)]
+pub(crate) struct FileMeter<'a> {
+    route: &'a Meter,
+    counted: AtomicU64,
+}
+
+impl FileMeter<'_> {
+    pub(crate) fn add(&self, bytes: u64) {
+        self.counted.fetch_add(bytes, Ordering::Relaxed);
+        let route = self.route;
+        let received = route.received.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        if let Some(ProgressFn(report)) = &route.report {
+            report(Progress { window: route.window, received, total: route.total });
+        }
+    }
+
+    /// What was counted so far turned out to be of no use.
+    pub(crate) fn forget(&self) {
+        let counted = self.counted.swap(0, Ordering::Relaxed);
+        self.route.received.fetch_sub(counted, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_fetched_again_counts_once() {
+        let seen: Arc<Mutex<Vec<u64>>> = Arc::default();
+        let report = ProgressFn::new({
+            let seen = seen.clone();
+            move |progress| seen.lock().unwrap().push(progress.received)
+        });
+        let route = Meter::new(CheckpointWindow(30), 12, Some(report));
+        let (first, second) = (route.file(), route.file());
+        first.add(5);
+        second.add(2);
+        first.forget();
+        first.forget();
+        first.add(10);
+        assert_eq!((route.received(), seen.lock().unwrap().as_slice()), (12, [5, 7, 12].as_slice()));
     }
 }

@@ -72,6 +72,8 @@ pub(crate) struct Routes<'a> {
     preferred: Option<CheckpointWindow>,
     target: CheckpointWindow,
     open: Vec<Route>,
+    /// Ways from full trees that are in the cache, for the case that the cached folder is of no use.
+    reserve: Vec<Route>,
     walk: Option<Walk>,
     /// Whether a base turned out to be of no use, so that one further back may now be the cheapest.
     base_lost: bool,
@@ -109,6 +111,7 @@ impl<'a> Routes<'a> {
             preferred,
             target,
             open: Vec::new(),
+            reserve: Vec::new(),
             walk: None,
             base_lost: false,
             mismatches: 0,
@@ -164,6 +167,7 @@ impl<'a> Routes<'a> {
             InstallError::Base { base, .. } => {
                 self.cached.remove(base);
                 self.base_lost = true;
+                self.open.extend(self.reserve.extract_if(.., |route| route.base_window() == *base));
             }
             InstallError::HashMismatch { .. } => {
                 self.mismatches += 1;
@@ -188,6 +192,7 @@ impl<'a> Routes<'a> {
     /// Only the full tree of the checkpoint itself is left to try.
     fn give_up_deltas(&mut self) {
         self.walk = None;
+        self.reserve.clear();
         self.open.retain(|route| route.deltas.is_empty());
     }
 
@@ -229,10 +234,16 @@ impl<'a> Routes<'a> {
     async fn look_at_base(&mut self, walk: &Walk) -> LookedAt {
         let deltas: Vec<Arc<Metadata>> = walk.links.iter().rev().cloned().collect();
         let mut looked_at = LookedAt { found: None, full: "usable".to_owned() };
+        let is_cached = self.cached.contains(&walk.base);
         match complete_full(self.store, self.listing, walk.base).await {
             Ok((full, bytes)) => {
                 let bytes = walk.bytes.saturating_add(bytes);
-                self.open.push(Route { base: Base::Full(Arc::new(full)), deltas: deltas.clone(), bytes });
+                let route = Route { base: Base::Full(Arc::new(full)), deltas: deltas.clone(), bytes };
+                if is_cached {
+                    self.reserve.push(route)
+                } else {
+                    self.open.push(route)
+                }
                 looked_at.found = Some(Found::InStore);
             }
             Err(defect) => {
@@ -242,7 +253,7 @@ impl<'a> Routes<'a> {
                 }
             }
         }
-        if self.cached.contains(&walk.base) {
+        if is_cached {
             self.open.push(Route { base: Base::Cached(walk.base), deltas, bytes: walk.bytes });
             looked_at.found = Some(Found::Cached);
         }

@@ -38,7 +38,7 @@ fn prompt_of_a_group(bencher: divan::Bencher) {
 fn verdicts_of_a_group(bencher: divan::Bencher) {
     let environment = Gsm8k::embedded(Split::Train).expect("the embedded data is whole");
     let task = environment.task(EnvironmentSeed(0)).expect("every seed has a task");
-    let Payload::Gsm8k { answer } = task.payload;
+    let Payload::Gsm8k { answer } = task.payload else { unreachable!("it is a task of gsm8k") };
     let completion = format!("{}</think>\n<SOLUTION>72</SOLUTION><|im_end|>", "48 / 2 = 24 < 25, so ".repeat(190));
     bencher.bench_local(|| {
         (0..16).map(|_| evaluate(&answer, divan::black_box(&completion), ThinkingMode::Native).reward).sum::<f64>()

@@ -4,9 +4,11 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use grail_protocol::ids::{EnvironmentSeed, RolloutIndex, TokenId};
+use grail_protocol::ids::{EnvironmentSeed, TokenId};
 use grail_text::{ChatTemplate, Message, PromptError, RenderOptions, Tokenizer, render_prompt_ids};
 
+use crate::evaluation::{Evaluation, GroupUnevaluable, Unevaluable};
+use crate::group;
 use crate::id::EnvironmentId;
 use crate::split::Split;
 use crate::thinking::ThinkingMode;
@@ -35,59 +37,26 @@ pub enum Payload {
         /// Field `answer` of the row.
         answer: Arc<str>,
     },
-}
-
-/// A part of a reward.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Component {
-    /// Key in the reference's list, such as `r0`.
-    pub key: &'static str,
-    /// What it pays for.
-    pub name: &'static str,
-    /// Factor in the total.
-    pub weight: f64,
-    /// Value before the factor.
-    pub value: f64,
-}
-
-/// Verdict on one completion.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Evaluation {
-    /// Sum of weight times value, from the first component to the last; written into the rollout.
-    pub reward: f64,
-    /// Whether the answer is right; written into the rollout, not compared by validators.
-    pub success: bool,
-    /// Parts of the reward in order.
-    pub components: Vec<Component>,
-    /// The right answer, as it is compared.
-    pub gold_answer: String,
-    /// The completion's answer; empty if it gives none.
-    pub predicted_answer: String,
-}
-
-/// A completion on which no trustworthy verdict is possible; its whole group is dropped.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Unevaluable {
-    /// Judging it failed in a way that a validator would see differently.
-    #[error("evaluating a completion of task {task}: {detail}")]
-    Evaluation {
-        /// Id of the task.
-        task: String,
-        /// What happened.
-        detail: String,
+    /// MATH: the answer as a formula.
+    Math {
+        /// Content of the first `\boxed{}` of the solution; empty without one.
+        answer: Arc<str>,
+        /// The worked solution.
+        solution: Arc<str>,
+        /// Difficulty from 1 to 5, 0 if unknown.
+        level: u64,
+        /// Branch of mathematics.
+        subject: Arc<str>,
     },
-}
-
-/// A group with a rollout that cannot be evaluated. A group is never shrunk.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("rollout {} of the group: {source}", rollout.get())]
-pub struct GroupUnevaluable {
-    /// The first such rollout.
-    pub rollout: RolloutIndex,
-    /// Why.
-    #[source]
-    pub source: Unevaluable,
+    /// MBPP and HumanEval: tests that a program must pass.
+    Python {
+        /// The row's own id in its data set, `602` or `HumanEval/119`.
+        dataset_id: Arc<str>,
+        /// What is run after the program, one test after the other.
+        tests: Arc<[String]>,
+        /// A whole program that the authors of the data set hold to be right.
+        reference_solution: Arc<str>,
+    },
 }
 
 /// A seed or id for which there is no task.
@@ -138,7 +107,8 @@ pub trait Environment: Send + Sync + fmt::Debug {
         mode: ThinkingMode,
     ) -> BoxFuture<'a, Result<Evaluation, Unevaluable>>;
 
-    /// Judges the completions of one group, in order of the rollouts.
+    /// Judges the completions of one group side by side; verdicts come in order of the rollouts. What several completions
+    /// have in common, such as the same program, is judged once.
     ///
     /// # Errors
     /// [`GroupUnevaluable`] for the first completion without a verdict.
@@ -151,15 +121,7 @@ pub trait Environment: Send + Sync + fmt::Debug {
         completions: &'a [String],
         mode: ThinkingMode,
     ) -> BoxFuture<'a, Result<Vec<Evaluation>, GroupUnevaluable>> {
-        assert!(completions.len() <= RolloutIndex::all().len(), "a group has at most 16 rollouts");
-        Box::pin(async move {
-            let mut evaluations = Vec::with_capacity(completions.len());
-            for (rollout, completion) in RolloutIndex::all().zip(completions) {
-                let verdict = self.evaluate(task, completion, mode).await;
-                evaluations.push(verdict.map_err(|source| GroupUnevaluable { rollout, source })?);
-            }
-            Ok(evaluations)
-        })
+        Box::pin(group::evaluate_all(completions, move |completion| self.evaluate(task, completion, mode)))
     }
 }
 

@@ -1,9 +1,12 @@
 //! Prompts against the reference, from seed to ids.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use grail_environments::gsm8k::Gsm8k;
-use grail_environments::{Environment, Split, ThinkingMode, messages, prompt_ids, with_system_prompt};
+use grail_environments::datasets::embedded;
+use grail_environments::{
+    Environment, EnvironmentId, NoEvaluator, Split, ThinkingMode, mbpp, messages, prompt_ids, with_system_prompt,
+};
 use grail_golden::{json, json_lines, path, ran};
 use grail_protocol::ids::{EnvironmentSeed, TokenId};
 use grail_text::{ChatTemplate, Message, Tokenizer};
@@ -67,21 +70,45 @@ fn prompts_follow_from_seed_and_mode() {
             .into_iter()
             .map(|(name, source)| (name, ChatTemplate::new(&source, tokenizer.special_tokens()).unwrap()))
             .collect();
-    let environment = Gsm8k::embedded(Split::Train).unwrap();
+    let environments: BTreeMap<&str, Arc<dyn Environment>> = EnvironmentId::ALL
+        .into_iter()
+        .map(|id| (id.as_str(), embedded(id, Split::resolve(id, None).unwrap(), Arc::new(NoEvaluator)).unwrap()))
+        .collect();
     let rows: Vec<RenderedPrompt> = json_lines(FILE);
-    let mut cases = 0;
-    for row in rows.iter().filter(|row| row.env_id == environment.id().as_str()) {
-        let case = format!("seed {} {} {}", row.seed, row.thinking_mode, row.template);
+    for row in &rows {
+        let case = format!("{} seed {} {} {}", row.env_id, row.seed, row.thinking_mode, row.template);
         let mode: ThinkingMode = row.thinking_mode.parse().unwrap();
-        let task = environment.task(EnvironmentSeed(row.seed)).unwrap();
+        let task = environments[row.env_id.as_str()].task(EnvironmentSeed(row.seed)).unwrap();
         assert_eq!(messages(&task, mode), row.messages, "{case}");
         let ids = prompt_ids(&task, mode, &tokenizer, &templates[&row.template]).unwrap();
         let expected: Vec<TokenId> = row.ids_mini.iter().copied().map(TokenId).collect();
         assert_eq!(ids, expected, "{case}");
         assert_eq!(tokenizer.decode(&ids).unwrap(), row.text, "{case}");
-        cases += 1;
     }
-    ran(FILE, cases, 64);
+    ran(FILE, rows.len(), 264);
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MbppQuestion {
+    code: String,
+    /// Empty where no line defines a function.
+    signature: String,
+    #[serde(rename = "question_for_text_T")]
+    question: String,
+}
+
+#[test]
+fn questions_of_mbpp_end_in_the_signature() {
+    const FILE: &str = "environments/prompts/mbpp_question.json";
+    let cases: Vec<MbppQuestion> = json(FILE);
+    for case in &cases {
+        let question = mbpp::question("T", &case.code);
+        assert_eq!(question, case.question, "{:?}", case.code);
+        let signature = question.strip_prefix("T\n\n").and_then(|rest| rest.strip_suffix("\n    pass"));
+        assert_eq!(signature.unwrap_or_default(), case.signature, "{:?}", case.code);
+    }
+    ran(FILE, cases.len(), 14);
 }
 
 #[derive(Deserialize)]

@@ -1,11 +1,14 @@
 //! Seeds, splits and task ids against the reference.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::sync::Arc;
 
-use grail_environments::gsm8k::{DatasetCheck, DatasetError, Fingerprint, Gsm8k, read_rows, split_rows};
-use grail_environments::{Environment, Split};
-use grail_golden::{json, path, ran};
+use grail_environments::datasets::{DatasetError, embedded};
+use grail_environments::gsm8k::Gsm8k;
+use grail_environments::math::{Math, SUBSETS};
+use grail_environments::mbpp::{self, Mbpp};
+use grail_environments::{Environment, EnvironmentId, NoEvaluator, Payload, Split, humaneval};
+use grail_golden::{json, json_lines, path, ran};
 use grail_protocol::ids::{BlockHash, EnvironmentSeed, GroupIndex, Hotkey};
 use grail_protocol::python_random::PythonRandom;
 use grail_protocol::seed::environment_seed;
@@ -14,8 +17,18 @@ use serde::de::IgnoredAny;
 use sha2::{Digest, Sha256};
 
 const TEST_FILE: &str = "environments/data/gsm_test.jsonl.gz";
-const SPLITS: [(&str, Split); 3] =
-    [("gsm8k/train", Split::Train), ("gsm8k/val", Split::Val), ("gsm8k/test", Split::Test)];
+/// Names of the tables, and what they are of.
+const SPLITS: [(&str, EnvironmentId, Split); 9] = [
+    ("gsm8k/train", EnvironmentId::Gsm8k, Split::Train),
+    ("gsm8k/val", EnvironmentId::Gsm8k, Split::Val),
+    ("gsm8k/test", EnvironmentId::Gsm8k, Split::Test),
+    ("math/train", EnvironmentId::Math, Split::Train),
+    ("math/val", EnvironmentId::Math, Split::Val),
+    ("math/test", EnvironmentId::Math, Split::Test),
+    ("mbpp/train", EnvironmentId::Mbpp, Split::Train),
+    ("mbpp/validation", EnvironmentId::Mbpp, Split::Val),
+    ("humaneval/test", EnvironmentId::HumanEval, Split::Test),
+];
 
 fn gsm8k(split: Split) -> Gsm8k {
     match split {
@@ -23,6 +36,13 @@ fn gsm8k(split: Split) -> Gsm8k {
         split => Gsm8k::embedded(split),
     }
     .expect("the data is the published one")
+}
+
+fn environment(id: EnvironmentId, split: Split) -> Arc<dyn Environment> {
+    match id {
+        EnvironmentId::Gsm8k => Arc::new(gsm8k(split)),
+        id => embedded(id, split, Arc::new(NoEvaluator)).expect("the data is the published one"),
+    }
 }
 
 fn sha256(text: &str) -> String {
@@ -46,22 +66,36 @@ struct SeedRow {
     question_sha256: String,
 }
 
+/// Of level on, each environment has its own.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Metadata {
     split: String,
     index: usize,
-    /// The rest belongs to environments that are not supported yet: their rows are not run.
-    #[serde(default, rename = "level")]
-    _level: Option<IgnoredAny>,
-    #[serde(default, rename = "subject")]
-    _subject: Option<IgnoredAny>,
-    #[serde(default, rename = "task_id")]
-    _task_id: Option<IgnoredAny>,
-    #[serde(default, rename = "num_tests")]
-    _num_tests: Option<IgnoredAny>,
-    #[serde(default, rename = "original_task_id")]
-    _original_task_id: Option<IgnoredAny>,
+    level: Option<u64>,
+    subject: Option<String>,
+    task_id: Option<i64>,
+    num_tests: Option<usize>,
+    original_task_id: Option<String>,
+}
+
+impl Metadata {
+    /// Whether this is of the row with `payload`.
+    fn assert_of(&self, payload: &Payload, case: &str) {
+        let none = (None, None, None, None, None);
+        let (level, subject) = (self.level, self.subject.as_deref());
+        let (task_id, tests, original) = (self.task_id, self.num_tests, self.original_task_id.as_deref());
+        let expected = (level, subject, task_id, tests, original);
+        let actual = match payload {
+            Payload::Gsm8k { .. } => none,
+            Payload::Math { level, subject, .. } => (Some(*level), Some(subject.as_ref()), None, None, None),
+            Payload::Python { dataset_id, tests, .. } => match dataset_id.parse() {
+                Ok(number) => (None, None, Some(number), Some(tests.len()), None),
+                Err(_) => (None, None, None, None, Some(dataset_id.as_ref())),
+            },
+        };
+        assert_eq!(actual, expected, "{case}");
+    }
 }
 
 #[test]
@@ -69,21 +103,36 @@ fn seeds_mean_the_reference_tasks() {
     const FILE: &str = "environments/seeds/seed_to_index.json";
     let mut tables: BTreeMap<String, SeedTable> = json(FILE);
     let mut cases = 0;
-    for (name, split) in SPLITS {
+    for (name, id, split) in SPLITS {
         let table = tables.remove(name).expect("the file has this split");
-        let environment = gsm8k(split);
-        assert_eq!((environment.task_count(), environment.split()), (table.size, split), "{name}");
+        let environment = environment(id, split);
+        let facts = (environment.id(), environment.split(), environment.task_count());
+        assert_eq!(facts, (id, split, table.size), "{name}");
         for row in table.rows {
+            let case = format!("{name} seed {}", row.seed);
             let task = environment.task(EnvironmentSeed(row.seed)).unwrap();
+            row.metadata.assert_of(&task.payload, &case);
+            assert_eq!(name.split_once('/').unwrap(), (id.as_str(), row.metadata.split.as_str()), "{case}");
+            assert_eq!(row.metadata.index, row.index, "{case}");
             let expected = (row.id, row.index, row.question_sha256);
-            assert_eq!((task.id, task.row, sha256(&task.question)), expected, "{name} seed {}", row.seed);
-            assert_eq!((row.metadata.split.as_str(), row.metadata.index), (split.as_str(), row.index), "{name}");
+            assert_eq!((task.id, task.row, sha256(&task.question)), expected, "{case}");
             cases += 1;
         }
     }
-    assert_eq!(tables.len(), 6, "the other tables are of environments that are not supported yet");
-    ran(FILE, cases, 300);
+    assert!(tables.is_empty(), "{:?}", tables.keys());
+    ran(FILE, cases, 900);
     ran(TEST_FILE, gsm8k(Split::Test).task_count(), 1319);
+}
+
+#[test]
+fn embedded_files_are_the_authors() {
+    for (file, bytes, rows) in [
+        ("environments/data/mbpp.jsonl.gz", mbpp::EMBEDDED, 974),
+        ("environments/data/HumanEval.jsonl.gz", humaneval::EMBEDDED, 164),
+    ] {
+        assert_eq!(std::fs::read(path(file)).unwrap(), bytes, "{file}");
+        ran(file, json_lines::<IgnoredAny>(file).len(), rows);
+    }
 }
 
 #[derive(Deserialize)]
@@ -122,16 +171,12 @@ fn text_ids_mean_the_reference_tasks() {
     const FILE: &str = "environments/seeds/task_id_lookup.json";
     let cases: Vec<Lookup> = json(FILE);
     let mut count = 0;
-    for (name, split) in SPLITS {
-        let environment = gsm8k(split);
+    for (name, id, split) in SPLITS {
+        let environment = environment(id, split);
         for case in cases.iter().filter(|case| case.source == name) {
             let task = environment.task_by_id(case.task_id.as_deref()).unwrap();
-            assert_eq!(
-                (&task.id, task.id == format!("{split}_{}", case.index)),
-                (&case.id, true),
-                "{:?}",
-                case.task_id
-            );
+            assert_eq!(task.id, case.id, "{name} {:?}", case.task_id);
+            assert!(task.id.ends_with(&format!("_{}", case.index)), "{name} {:?}", case.task_id);
             let rows = i64::try_from(environment.task_count()).unwrap();
             assert_eq!(i64::try_from(task.row), Ok(case.index.rem_euclid(rows)), "{:?}", case.task_id);
             if let Some(expected) = &case.question_sha256 {
@@ -140,7 +185,8 @@ fn text_ids_mean_the_reference_tasks() {
             count += 1;
         }
     }
-    ran(FILE, count, 42);
+    ran(FILE, count, cases.len());
+    assert_eq!(count, 126);
 }
 
 #[derive(Deserialize)]
@@ -203,63 +249,91 @@ fn the_held_out_rows_are_the_references() {
     ran(FILE, file.val_rows_in_order.len(), 250);
 }
 
-/// A folder with one file `name` of the given content.
-fn file(name: &str, content: &[u8]) -> (tempfile::TempDir, PathBuf) {
-    let folder = tempfile::tempdir().expect("a folder can be made");
-    let path = folder.path().join(name);
-    std::fs::write(&path, content).expect("the file can be written");
-    (folder, path)
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MathValRows {
+    subset_train_sizes: BTreeMap<String, usize>,
+    val_counts: BTreeMap<String, usize>,
+    val_rows_by_subset_in_order: BTreeMap<String, Vec<usize>>,
 }
 
 #[test]
-fn plain_and_compressed_files_are_the_same() {
-    let plain = grail_golden::bytes(TEST_FILE);
-    let (_folder, plain_path) = file("test.jsonl", &plain);
-    let from_plain = Gsm8k::from_file(&plain_path, Split::Test).unwrap();
-    let from_gzip = gsm8k(Split::Test);
-    for seed in (0..1 << 32).step_by(1 << 27) {
-        let seed = EnvironmentSeed(seed);
-        assert_eq!(from_plain.task(seed).unwrap(), from_gzip.task(seed).unwrap());
+fn the_held_out_rows_of_math_are_the_references() {
+    const FILE: &str = "environments/splits/math_val_rows.json";
+    let file: MathValRows = json(FILE);
+    let (mut start, mut expected) = (0, Vec::new());
+    for subset in SUBSETS {
+        let rows = &file.val_rows_by_subset_in_order[subset.name];
+        let sizes = (subset.train, rows.len());
+        assert_eq!(sizes, (file.subset_train_sizes[subset.name], file.val_counts[subset.name]), "{}", subset.name);
+        expected.extend(rows.iter().map(|row| start + row));
+        start += subset.train;
     }
+    let lists = [file.subset_train_sizes.len(), file.val_counts.len(), file.val_rows_by_subset_in_order.len()];
+    assert_eq!(lists, [SUBSETS.len(); 3]);
+    let rows = |split| Math::stand_in(split, Arc::new(NoEvaluator)).unwrap().file_rows().to_vec();
+    assert_eq!(rows(Split::Val), expected);
+    let mut all = [rows(Split::Train), rows(Split::Val)].concat();
+    assert!(rows(Split::Train).is_sorted());
+    all.sort_unstable();
+    assert!(all.into_iter().eq(0..7500));
+    ran(FILE, expected.len(), 500);
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MbppIds {
+    train: Vec<i64>,
+    validation: Vec<i64>,
 }
 
 #[test]
-fn another_file_is_refused_unless_named() {
-    let text = String::from_utf8(grail_golden::bytes(TEST_FILE)).unwrap();
-    let (_a, swapped) = file("swapped.jsonl", text.replacen("Janet", "Janot", 1).as_bytes());
-    let error = Gsm8k::from_file(&swapped, Split::Test).unwrap_err();
-    assert!(matches!(&error, DatasetError::Fingerprint { actual, expected, .. } if actual != expected), "{error}");
+fn the_rows_of_mbpp_come_in_the_references_order() {
+    const FILE: &str = "environments/splits/mbpp_task_ids.json";
+    let file: MbppIds = json(FILE);
+    let ids = |split| -> Vec<i64> {
+        let environment = Mbpp::embedded(split, Arc::new(NoEvaluator)).unwrap();
+        environment.rows().map(|row| row.task_id).collect()
+    };
+    assert_eq!(ids(Split::Train), file.train);
+    assert_eq!(ids(Split::Val), file.validation);
+    ran(FILE, file.train.len() + file.validation.len(), 964);
+    let error = Mbpp::embedded(Split::Test, Arc::new(NoEvaluator)).unwrap_err();
+    assert!(matches!(error, DatasetError::NoSuchSplit { .. }), "{error}");
+}
 
-    let short: String = text.lines().take(300).flat_map(|line| [line, "\n"]).collect();
-    let (_b, short) = file("short.jsonl", short.as_bytes());
-    let error = Gsm8k::from_file(&short, Split::Test).unwrap_err();
-    assert!(matches!(error, DatasetError::RowCount { rows: 300, expected: 1319, .. }), "{error}");
-    let error = Gsm8k::from_file(&path(TEST_FILE), Split::Train).unwrap_err();
-    assert!(matches!(error, DatasetError::RowCount { rows: 1319, expected: 7473, .. }), "{error}");
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TestCases {
+    payload: TestFields,
+    test_cases: Vec<String>,
+}
 
-    let fingerprint = Fingerprint::of(&read_rows(&short).unwrap());
-    let named = DatasetCheck::Override { rows: 300, fingerprint: fingerprint.to_string().parse().unwrap() };
-    assert_eq!(Gsm8k::from_file_with(&short, Split::Train, named).unwrap().task_count(), 50);
-    let wrong = DatasetCheck::Override { rows: 300, fingerprint: Fingerprint::of(&[]) };
-    assert!(matches!(Gsm8k::from_file_with(&short, Split::Val, wrong), Err(DatasetError::Fingerprint { .. })));
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TestFields {
+    #[serde(default)]
+    test_list: Vec<String>,
+    #[serde(default)]
+    test_setup_code: String,
+    #[serde(default)]
+    test_imports: Vec<String>,
+    #[serde(default)]
+    test: String,
+    #[serde(default)]
+    entry_point: String,
 }
 
 #[test]
-fn broken_files_name_the_line() {
-    let (_a, missing) = file("x", b"");
-    std::fs::remove_file(&missing).unwrap();
-    assert!(matches!(Gsm8k::from_file(&missing, Split::Test), Err(DatasetError::Read { .. })));
-    let (_b, cut) = file("cut.jsonl.gz", &std::fs::read(path(TEST_FILE)).unwrap()[..1000]);
-    assert!(matches!(Gsm8k::from_file(&cut, Split::Test), Err(DatasetError::Read { .. })));
-    let (_c, line) =
-        file("line.jsonl", b"{\"question\": \"q\", \"extra\": 1, \"answer\": null}\n\n{\"question\": 7}\n");
-    let error = Gsm8k::from_file(&line, Split::Test).unwrap_err();
-    assert!(matches!(error, DatasetError::Line { line: 3, .. }), "{error}");
-    assert!(matches!(Gsm8k::embedded(Split::Test), Err(DatasetError::NotEmbedded { .. })));
-    assert_eq!(split_rows(10, Split::Val).len(), 10);
-    let (_d, few) = file("few.jsonl", b"{}\n");
-    let named = DatasetCheck::Override { rows: 1, fingerprint: Fingerprint::of(&read_rows(&few).unwrap()) };
-    assert!(matches!(Gsm8k::from_file_with(&few, Split::Train, named), Err(DatasetError::TooFewRows { rows: 1, .. })));
+fn tests_are_put_together_as_by_the_reference() {
+    const FILE: &str = "environments/programs/prepare_test_cases.json";
+    let cases: Vec<TestCases> = json(FILE);
+    for TestCases { payload, test_cases } in &cases {
+        let of_mbpp = mbpp::test_cases(&payload.test_list, &payload.test_setup_code, &payload.test_imports);
+        let of_humaneval = humaneval::test_cases(&payload.test, &payload.entry_point);
+        assert_eq!([of_mbpp, of_humaneval].concat(), *test_cases);
+    }
+    ran(FILE, cases.len(), 9);
 }
 
 mod properties {
@@ -269,22 +343,31 @@ mod properties {
 
     use super::*;
 
-    static TRAIN: LazyLock<Gsm8k> = LazyLock::new(|| gsm8k(Split::Train));
+    static ALL: LazyLock<Vec<Arc<dyn Environment>>> =
+        LazyLock::new(|| SPLITS.into_iter().map(|(_, id, split)| environment(id, split)).collect());
 
     proptest! {
         #[test]
         fn every_seed_has_a_task(seed in any::<u64>()) {
-            let task = TRAIN.task(EnvironmentSeed(seed)).unwrap();
-            prop_assert!(task.row < TRAIN.task_count());
-            // The reference computes with doubles; both of its steps are exact.
-            let fraction = (seed % (1 << 32)) as f64 / 4_294_967_296.0;
-            prop_assert_eq!(task.row as f64, (fraction * TRAIN.task_count() as f64).trunc());
-            prop_assert_eq!(TRAIN.task_by_id(Some(&task.id)).unwrap(), task);
+            for environment in ALL.iter() {
+                let task = environment.task(EnvironmentSeed(seed)).unwrap();
+                let count = environment.task_count();
+                let expected = match environment.id() {
+                    EnvironmentId::Mbpp | EnvironmentId::HumanEval => (seed % count as u64) as f64,
+                    // The reference computes with doubles; both of its steps are exact.
+                    _ => ((seed % (1 << 32)) as f64 / 4_294_967_296.0 * count as f64).trunc(),
+                };
+                prop_assert!(task.row < count);
+                prop_assert_eq!(task.row as f64, expected);
+                prop_assert_eq!(environment.task_by_id(Some(&task.id)).unwrap(), task);
+            }
         }
 
         #[test]
         fn any_text_id_has_a_task(id in "[-+_0-9a ٣]{0,50}|.{0,20}") {
-            prop_assert!(TRAIN.task_by_id(Some(&id)).unwrap().row < TRAIN.task_count());
+            for environment in ALL.iter() {
+                prop_assert!(environment.task_by_id(Some(&id)).unwrap().row < environment.task_count());
+            }
         }
     }
 }

@@ -356,7 +356,7 @@ fn assert_setting(validator: &Validator) {
         let seed = grail_protocol::seed::environment_seed(&setting.hotkey, &setting.window_hash, group.group);
         assert_eq!(seed.0, group.seed, "group {}", group.group);
         let task: Task = validator.environment.task(seed).unwrap();
-        let Payload::Gsm8k { answer } = &task.payload;
+        let Payload::Gsm8k { answer } = &task.payload else { panic!("{} is no task of gsm8k", task.id) };
         assert_eq!((task.id.as_str(), task.row), (group.task_id.as_str(), group.task_index));
         assert_eq!(group.split, setting.env_split);
         assert_eq!(hex::encode(sha256(task.question.as_bytes())), group.question_sha256);

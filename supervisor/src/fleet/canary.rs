@@ -64,6 +64,11 @@ impl Canary {
         Self { confirmers, last: None }
     }
 
+    /// Forgets what earlier weights answered: a server that was just started has nothing to stay on.
+    pub fn forget(&mut self) {
+        self.last = None;
+    }
+
     /// Checks that the server behind `generator` has `weights`; waits for a worker that has them.
     ///
     /// # Errors

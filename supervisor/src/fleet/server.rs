@@ -302,6 +302,9 @@ impl Keeper {
         url: &mut Option<String>,
     ) -> Result<Brought, NotBrought> {
         let label = target.weights.to_string();
+        // Under whatever label it served: while its weights change it serves nobody.
+        self.publish.send_replace(Served::Nothing);
+        let is_update = url.is_some();
         let (address, epoch) = match url.take() {
             Some(address) => (address, client.update(&target.folder, &label).await?),
             None => {
@@ -318,17 +321,21 @@ impl Keeper {
             eos_token: facts.eos_token,
         };
         let generator = HttpGenerator::new(facts, self.settings.max_concurrent, self.settings.request_limit);
-        Ok(Brought { generator: Arc::new(generator.map_err(NotBrought::Client)?), incarnation: epoch.incarnation })
+        let generator = Arc::new(generator.map_err(NotBrought::Client)?);
+        Ok(Brought { generator, incarnation: epoch.incarnation, is_update })
     }
 
     /// Has the server prove that it has the weights, and lets it serve then.
     async fn test(
         &mut self,
-        Brought { generator, incarnation }: &Brought,
+        Brought { generator, incarnation, is_update }: &Brought,
         (target, facts): (&Target, ModelFacts),
         client: &Arc<LauncherClient>,
         events: &mut LauncherEvents,
     ) -> Tested {
+        if !is_update {
+            self.canary.forget();
+        }
         let proven = loop {
             let proven = tokio::select! {
                 biased;
@@ -445,6 +452,8 @@ const CANARY_PAUSE: Duration = Duration::from_secs(1);
 struct Brought {
     generator: Arc<HttpGenerator>,
     incarnation: u64,
+    /// Whether it had other weights before.
+    is_update: bool,
 }
 
 /// How a server that was brought to its weights stands the test.

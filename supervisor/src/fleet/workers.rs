@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use grail_ipc::jobs::{ProveJob, ReloadOrder, RowFacts, VerifyJob};
-use grail_ipc::messages::{Failed, Severity, SlotId};
+use grail_ipc::messages::{Failed, Reloaded, Severity, SlotId};
 use grail_ipc::socket::RuntimeFolder;
 use grail_ipc::{Expected, LostConnection, RequestError, WorkerClient};
 use grail_process::cause::DeathCause;
@@ -162,13 +162,14 @@ impl<L: WorkerLink> Workers<L> {
         role: impl Fn(SlotId, watch::Receiver<Target>, SlotFacts) -> R,
     ) -> Self {
         let (target, _) = watch::channel(target);
-        let one_after_the_other = Arc::new(Semaphore::new(1));
+        let [turn, staging_turn] = [(); 2].map(|()| Arc::new(Semaphore::new(1)));
         let slots: Vec<Slot<L>> = (0..count)
             .map(|number| {
                 let (id, facts) = (SlotId(number), SharedFacts::default());
                 let role = role(id, target.subscribe(), SlotFacts(facts.clone()));
                 let (sender, orders) = mpsc::unbounded_channel();
-                let rolling = Rolling { target: target.subscribe(), orders, turn: one_after_the_other.clone() };
+                let (turn, staging_turn) = (turn.clone(), staging_turn.clone());
+                let rolling = Rolling { target: target.subscribe(), orders, turn, staging_turn };
                 Slot::start(id, role, (sender, rolling), limits, facts, observers)
             })
             .collect();
@@ -295,7 +296,15 @@ impl<L: WorkerLink> Confirmers<L> {
         loop {
             let worker = self.with_weights(job.weights).await;
             asked += 1;
-            match worker.link.verify(job).await {
+            let answer = match tokio::time::timeout(worker.prove_limit, worker.link.verify(job)).await {
+                Ok(answer) => answer,
+                Err(_) => {
+                    // The next answer comes from another worker, or from this slot's next one.
+                    drop(worker.broken(DeathCause::RequestHung));
+                    continue;
+                }
+            };
+            match answer {
                 Err(error) if asked < MOST_ASKED => {
                     tracing::debug!(slot = %worker.slot, error = with_causes(&error), "Asking another worker.");
                     // One whose end is not known yet would be asked at once again.
@@ -353,6 +362,8 @@ struct Rolling {
     orders: mpsc::UnboundedReceiver<Order>,
     /// One slot reloads at a time.
     turn: Arc<Semaphore>,
+    /// One slot makes ready at a time; no reload waits for that.
+    staging_turn: Arc<Semaphore>,
 }
 
 impl<L: WorkerLink> Slot<L> {
@@ -384,6 +395,7 @@ impl<L: WorkerLink> Slot<L> {
             limits: limits.clone(),
             rolling,
             change: None,
+            staging: None,
             is_offered: false,
             reads_anew: false,
             next: None,
@@ -404,6 +416,8 @@ struct Follower<L: WorkerLink> {
     rolling: Rolling,
     /// The reload or its preparation under way.
     change: Option<BoxFuture<'static, Change<L>>>,
+    /// If that is a preparation: whether its turn has come.
+    staging: Option<Arc<AtomicBool>>,
     /// Whether the queue gives work to the live worker.
     is_offered: bool,
     /// An operator wants the weights to be read again.
@@ -419,7 +433,7 @@ struct Change<L: WorkerLink> {
 }
 
 enum Outcome {
-    Reloaded(Result<(), String>),
+    Reloaded(Result<Reloaded, String>),
     /// With success or without: weights that are not ready beforehand take longer when they are due.
     Staged,
 }
@@ -434,7 +448,7 @@ impl<L: WorkerLink> Follower<L> {
                     None => return,
                 },
                 change = under_way(&mut self.change) => {
-                    self.change = None;
+                    (self.change, self.staging) = (None, None);
                     self.changed(change);
                 }
                 // Without orders the fleet is being ended; the last events still count.
@@ -475,6 +489,10 @@ impl<L: WorkerLink> Follower<L> {
         if !has_them {
             self.withdraw();
         }
+        if !has_them && self.staging.as_ref().is_some_and(|begun| !begun.load(Ordering::Relaxed)) {
+            // What still waits for its turn comes too late.
+            (self.change, self.staging) = (None, None);
+        }
         if self.change.is_some() {
             // Looked at again when that one is over.
             return;
@@ -501,10 +519,13 @@ impl<L: WorkerLink> Follower<L> {
     /// Has the worker make ready what will be wanted soon, once, while it proves.
     fn stage_next(&mut self, worker: Arc<LiveWorker<L>>) {
         let Some(next) = self.next.clone().filter(|next| worker.is_to_stage(next.weights)) else { return };
-        let (turn, limit) = (self.rolling.turn.clone(), self.limits.reload);
+        let (turn, limit) = (self.rolling.staging_turn.clone(), self.limits.reload);
+        let begun = Arc::new(AtomicBool::new(false));
+        self.staging = Some(begun.clone());
         let stage = async move {
             // The semaphore is never closed.
             let _turn = turn.acquire().await;
+            begun.store(true, Ordering::Relaxed);
             worker.stage(&next, limit).await;
             Change { worker, outcome: Outcome::Staged }
         };
@@ -514,7 +535,15 @@ impl<L: WorkerLink> Follower<L> {
     fn changed(&mut self, Change { worker, outcome }: Change<L>) {
         let is_live = self.publish.borrow().as_ref().is_some_and(|live| Arc::ptr_eq(live, &worker));
         match outcome {
-            Outcome::Reloaded(Ok(())) if is_live => {
+            Outcome::Reloaded(Ok(reloaded)) if is_live => {
+                self.note(Event::WorkerRolled {
+                    slot: self.slot.0,
+                    epoch: worker.incarnation,
+                    weights: reloaded.weights,
+                    stall_us: reloaded.stall_us,
+                    from_changes: reloaded.from_changes,
+                    in_shadow: reloaded.in_shadow,
+                });
                 // Whoever waits for a slot with these weights looks again.
                 self.publish.send_modify(|_| {});
                 self.bring_to_target();
@@ -737,16 +766,19 @@ impl<L: WorkerLink> LiveWorker<L> {
         }
     }
 
-    async fn reload(&self, order: ReloadOrder, limit: Duration) -> Result<(), String> {
-        let checkpoint = order.checkpoint;
+    async fn reload(&self, order: ReloadOrder, limit: Duration) -> Result<Reloaded, String> {
+        let (checkpoint, weights) = (order.checkpoint, order.weights);
         match tokio::time::timeout(limit, self.link.reload(order)).await {
+            Ok(Ok(reloaded)) if reloaded.weights != weights => {
+                Err(format!("it took weights {}, the order names {weights}", reloaded.weights))
+            }
             Ok(Ok(reloaded)) => {
                 *self.weights.lock().unwrap_or_else(PoisonError::into_inner) = Some(reloaded.weights);
                 self.facts.change(|facts| facts.weights = Some(reloaded.weights));
                 tracing::info!(slot = %self.slot, %checkpoint, weights = %reloaded.weights, stall_us = reloaded.stall_us,
                     total_us = reloaded.total_us, from_changes = reloaded.from_changes, in_shadow = reloaded.in_shadow,
                     "Worker has the checkpoint.");
-                Ok(())
+                Ok(reloaded)
             }
             Ok(Err(error)) => Err(with_causes(&error)),
             Err(_) => Err(format!("no answer within {limit:?}")),

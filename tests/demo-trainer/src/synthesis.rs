@@ -208,7 +208,9 @@ mod tests {
             let Completion { text, answer, is_right } = completion(&source.worked, 0.5, &mut rng);
             let tokens = tokenizer.encode(&text).unwrap().len() + 1;
             assert!((CHALLENGE_K..=GENERATION.max_tokens).contains(&tokens), "{tokens} tokens: {text}");
-            let Payload::Gsm8k { answer: solution } = &source.task.payload;
+            let Payload::Gsm8k { answer: solution } = &source.task.payload else {
+                panic!("{} is no task of gsm8k", source.task.id)
+            };
             let verdict = gsm8k::evaluate(solution, &text, ThinkingMode::Instructed);
             // A forgotten calculation may leave `.15`, of which the environment reads 15.
             let reads_whole = answer.parse::<i64>().is_ok();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use grail_environments::gsm8k::Gsm8k;
 use grail_environments::{Environment as _, Payload, Split, Task, ThinkingMode, prompt_ids};
 use grail_protocol::ids::{BlockHash, BlockNumber, GroupIndex, Hotkey, TokenId, WindowStart};
@@ -24,7 +24,7 @@ pub struct Source {
 
 impl Source {
     fn new(task: Task) -> anyhow::Result<Self> {
-        let Payload::Gsm8k { answer } = &task.payload;
+        let Payload::Gsm8k { answer } = &task.payload else { bail!("{} is no task of gsm8k", task.id) };
         let worked = Worked::from_solution(answer).with_context(|| format!("read the solution of {}", task.id))?;
         Ok(Self { question: task.question.clone(), worked, task })
     }
@@ -122,7 +122,9 @@ mod tests {
         assert_eq!(sources.len(), 7_223);
         let mut unmatchable = 0;
         for source in &sources {
-            let Payload::Gsm8k { answer } = &source.task.payload;
+            let Payload::Gsm8k { answer } = &source.task.payload else {
+                panic!("{} is no task of gsm8k", source.task.id)
+            };
             let gold = gold_answer(answer);
             unmatchable += usize::from(gold.contains(','));
             assert_eq!(gold.replace(',', ""), source.worked.answer, "{}", source.task.id);

@@ -13,7 +13,7 @@ use super::DeltaError;
 /// Longest frame header of zstd.
 const FRAME_HEADER_BYTES: u64 = 18;
 /// Payloads up to this size are kept in memory, larger ones in a file without a name.
-const IN_MEMORY_BYTES: u64 = 64 << 20;
+const IN_MEMORY_BYTES: u64 = 16 << 20;
 /// Bytes unpacked at once into a file.
 const COPY_BYTES: usize = 1 << 20;
 
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn a_scratch_folder_that_is_missing_is_not_blamed_on_the_payload() {
-        let packed = zstd::bulk::compress(&vec![0; 65 << 20], 1).unwrap();
+        let packed = zstd::bulk::compress(&vec![0; 17 << 20], 1).unwrap();
         let error = Payload::unpack(packed.as_slice(), u64::MAX, Path::new("/nowhere")).unwrap_err();
         assert_eq!(error.class(), None);
         assert!(error.to_string().contains("/nowhere"), "{error}");

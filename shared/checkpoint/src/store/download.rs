@@ -22,7 +22,7 @@ use super::ledger::{Ledger, ObjectVersion};
 use super::limits::Retries;
 use super::{CheckpointStore, Fetched, Located, StoreError, sink_error};
 use crate::manifest::Sha256Digest;
-use crate::progress::Meter;
+use crate::progress::{FileMeter, Meter};
 use crate::sink::{Coding, Sink, SinkError};
 
 /// Pieces of a download that may wait for the disk.
@@ -44,14 +44,14 @@ impl CheckpointStore {
     /// # Errors
     /// [`StoreError`].
     pub async fn download(&self, key: &str, target: &Path) -> Result<Fetched, StoreError> {
-        self.download_metered(key, target, &Meter::silent()).await
+        self.download_metered(key, target, &Meter::silent().file()).await
     }
 
     pub(crate) async fn download_metered(
         &self,
         key: &str,
         target: &Path,
-        meter: &Meter,
+        meter: &FileMeter<'_>,
     ) -> Result<Fetched, StoreError> {
         let started = Instant::now();
         let located = self.locate(key).await?.ok_or_else(|| StoreError::NotFound { key: key.to_owned() })?;
@@ -74,7 +74,12 @@ impl CheckpointStore {
         Ok(fetched)
     }
 
-    async fn download_ranges(&self, located: &Located, target: &Path, meter: &Meter) -> Result<Fetched, StoreError> {
+    async fn download_ranges(
+        &self,
+        located: &Located,
+        target: &Path,
+        meter: &FileMeter<'_>,
+    ) -> Result<Fetched, StoreError> {
         let version = ObjectVersion { key: located.name.clone(), size: located.size, e_tag: located.e_tag.clone() };
         let ledger = Ledger::open(target, version, self.limits.range_bytes);
         let write_error = |source| StoreError::write(target, source);
@@ -117,7 +122,7 @@ impl CheckpointStore {
         number: u64,
         range: Range<u64>,
         pieces: &mpsc::Sender<Queued>,
-        meter: &Meter,
+        meter: &FileMeter<'_>,
     ) -> Result<(), StoreError> {
         let mut retries = Retries::new(&self.limits.retry);
         let mut next = range.start;
@@ -140,7 +145,7 @@ impl CheckpointStore {
         next: &mut u64,
         end: u64,
         pieces: &mpsc::Sender<Queued>,
-        meter: &Meter,
+        meter: &FileMeter<'_>,
     ) -> Result<(), StoreError> {
         let key = &located.name;
         let options = GetOptions::new().with_range(Some(*next..end)).with_if_match(located.e_tag.clone());
@@ -174,7 +179,7 @@ impl CheckpointStore {
         located: &Located,
         cap: u64,
         target: &Path,
-        meter: &Meter,
+        meter: &FileMeter<'_>,
     ) -> Result<Fetched, StoreError> {
         let mut retries = Retries::new(&self.limits.retry);
         loop {

@@ -25,7 +25,7 @@ impl Bench {
     async fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let store = FaultyStore::new();
-        let bytes: Vec<u8> = (0..10_500_u32).map(|index| u8::try_from(((index * index) >> 3) % 256).unwrap()).collect();
+        let bytes: Vec<u8> = (0..10_500_u32).map(|index| (index * index).to_be_bytes()[2]).collect();
         store.overwrite(KEY, bytes.clone()).await;
         Self { checkpoints: checkpoints(&store), store, bytes, target: folder.path().join("file"), folder }
     }
@@ -84,9 +84,16 @@ async fn a_small_object_comes_in_one_and_an_empty_one_in_none() {
 #[tokio::test]
 async fn a_server_that_fails_is_asked_again() {
     let bench = Bench::new().await;
-    // The first two requests ask for the object's place.
-    bench.store.fail(Fault::Failing { key: KEY.to_owned(), times: 4 });
-    bench.assert_whole(&bench.download().await.unwrap());
+    for (heads, times) in [(true, 2), (false, 2)] {
+        bench.store.fail(Fault::Failing { key: KEY.to_owned(), times, heads });
+        bench.assert_whole(&bench.download().await.unwrap());
+    }
+    assert_eq!(bench.ranges().len(), 2 * 11 + 2);
+    for heads in [true, false] {
+        bench.store.fail(Fault::Failing { key: KEY.to_owned(), times: usize::MAX, heads });
+        let error = bench.download().await.unwrap_err();
+        assert!(matches!(error, StoreError::Read { .. }), "{error}");
+    }
 }
 
 #[tokio::test]

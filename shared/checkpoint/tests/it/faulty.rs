@@ -37,8 +37,8 @@ pub enum Fault {
     Cut { key: String, bytes: usize },
     /// Bodies of `key` break off after `bytes` with an error.
     Reset { key: String, bytes: usize },
-    /// The first `times` requests for `key` are answered with a server's error.
-    Failing { key: String, times: usize },
+    /// The first `times` requests for the size (`heads`) or else the bodies of `key` are answered with a server's error.
+    Failing { key: String, times: usize, heads: bool },
     /// Bodies of `key` never come.
     Silent { key: String },
     /// The first body of `key` has one bit wrong.
@@ -127,7 +127,7 @@ impl FaultyStore {
         let mut fault = self.fault.lock().unwrap();
         match fault.as_mut() {
             Some(Fault::Denied) => Err(object_store::Error::PermissionDenied { path, source: "no".into() }),
-            Some(Fault::Failing { key, times }) if *key == path && *times > 0 => {
+            Some(Fault::Failing { key, times, heads }) if *key == path && *times > 0 && *heads == head => {
                 *times -= 1;
                 Err(server_error())
             }

@@ -6,14 +6,13 @@ use std::sync::Arc;
 
 use crate::faulty::{FaultyStore, checkpoints};
 use grail_checkpoint::cache::Entry;
-use grail_checkpoint::layout::{METADATA_FILE, SIGNATURE_FILE, Tree, object_key, parse_object_key};
-use grail_checkpoint::ready::markers;
+use grail_checkpoint::layout::{METADATA_FILE, Tree, parse_object_key};
+use grail_checkpoint::ready::{markers, parse_marker};
 use grail_checkpoint::{
-    CheckpointCache, CheckpointStore, HashAgreement, InstallError, Installed, MadeFrom, Notice, Published,
-    SignatureCheck, SignatureDefect, Wanted, WeightsFiles,
+    CheckpointCache, CheckpointStore, HashAgreement, InstallError, Installed, MadeFrom, Notice, Published, Wanted,
+    WeightsFiles,
 };
-use grail_protocol::ids::{CheckpointWindow, Hotkey, WeightsHash};
-use grail_protocol::keys;
+use grail_protocol::ids::{CheckpointWindow, WeightsHash};
 use object_store::local::LocalFileSystem;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -87,15 +86,15 @@ struct Quirk {
     reference_cold: ReferenceCold,
 }
 
-struct Bench {
+pub struct Bench {
     faulty: Arc<FaultyStore>,
-    store: CheckpointStore,
+    pub store: CheckpointStore,
     cache: CheckpointCache,
     _folder: tempfile::TempDir,
 }
 
 impl Bench {
-    fn over(bucket: &str) -> Self {
+    pub fn over(bucket: &str) -> Self {
         let root = grail_golden::path(&format!("checkpoints/{bucket}"));
         let faulty = FaultyStore::over(Arc::new(LocalFileSystem::new_with_prefix(root).unwrap()));
         let folder = tempfile::tempdir().unwrap();
@@ -103,7 +102,11 @@ impl Bench {
         Self { store: checkpoints(&faulty), faulty, cache, _folder: folder }
     }
 
-    async fn install(&self, window: CheckpointWindow, wanted: &Wanted) -> (Published, Result<Installed, InstallError>) {
+    pub async fn install(
+        &self,
+        window: CheckpointWindow,
+        wanted: &Wanted,
+    ) -> (Published, Result<Installed, InstallError>) {
         let published = self.store.published(window).await.unwrap();
         let installed = self.cache.install(&self.store, &published, wanted).await;
         (published, installed)
@@ -322,6 +325,25 @@ async fn oddities_from_the_checkpoint_before() {
     grail_golden::ran(file, quirks.len(), 17);
 }
 
+/// Every object belongs to one of the cases, and every case has a marker.
+#[tokio::test]
+async fn oddities_by_object() {
+    let quirks: BTreeMap<u64, Quirk> = grail_golden::json("checkpoints/quirks.json");
+    let bench = Bench::over("bucket_quirks");
+    let listing = bench.store.list().await.unwrap();
+    let ready: BTreeSet<u64> = markers(listing.keys()).map(|marker| marker.checkpoint.0).collect();
+    assert!(ready.iter().eq(quirks.keys()));
+    for key in listing.keys() {
+        match parse_object_key(key) {
+            Some(object) => assert!(quirks.contains_key(&object.window.0), "{key}"),
+            None => assert!(parse_marker(key).is_some(), "{key}"),
+        }
+        let file = format!("checkpoints/bucket_quirks/{key}");
+        assert_eq!(listing.size(key), Some(std::fs::metadata(grail_golden::path(&file)).unwrap().len()), "{key}");
+        grail_golden::ran(&file, 1, 1);
+    }
+}
+
 /// A model with tied embeddings has no head in its files, in full and after a delta.
 #[tokio::test]
 async fn tied_embeddings() {
@@ -332,71 +354,4 @@ async fn tied_embeddings() {
         assert_eq!((installed.made_from.tree(), &installed.agreement), (tree, &HashAgreement::Equal));
         assert!(!installed.checksums.contains_key("lm_head.weight"));
     }
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Signer {
-    trainer_ss58: Hotkey,
-    trainer_public_key: String,
-    scheme: String,
-    note: String,
-}
-
-fn signature_check(signer: &Signer) -> SignatureCheck {
-    let hotkey = signer.trainer_ss58.clone();
-    SignatureCheck::new(move |message, signature| {
-        signature.parse().is_ok_and(|signature| keys::verify(&hotkey, message, &signature))
-    })
-}
-
-#[tokio::test]
-async fn signatures() {
-    let file = "checkpoints/signer.json";
-    let signer: Signer = grail_golden::json(file);
-    let key = keys::Keypair::from_uri("//Alice").unwrap();
-    assert_eq!(
-        (key.hotkey(), hex::encode(key.public_key())),
-        (&signer.trainer_ss58, signer.trainer_public_key.clone())
-    );
-    assert!(signer.scheme == "sr25519" && signer.note.contains("//Alice"));
-    let check = signature_check(&signer);
-    let mut wrong = BTreeSet::new();
-    let mut signed = 0;
-    for bucket in ["bucket", "bucket_tied", "bucket_quirks"] {
-        let bench = Bench::over(bucket);
-        let listing = bench.store.list().await.unwrap();
-        let windows: BTreeSet<_> = listing.keys().filter_map(parse_object_key).map(|object| object.window).collect();
-        for window in windows {
-            let published = bench.store.published(window).await.unwrap();
-            for metadata in [&published.full, &published.delta].into_iter().flatten() {
-                signed += 1;
-                let key = object_key(window, metadata.tree, SIGNATURE_FILE);
-                let signature = bench.store.read(&key).await.unwrap().unwrap();
-                if let Err(defect) = check.check(metadata, Some(&signature)) {
-                    assert_eq!(defect, SignatureDefect::Wrong);
-                    wrong.insert((window.0, metadata.tree));
-                }
-                assert_eq!(check.check(metadata, None), Err(SignatureDefect::Missing));
-                assert_eq!(check.check(metadata, Some(b"\xff")), Err(SignatureDefect::Wrong));
-            }
-        }
-    }
-    let delta = |window| (window, Tree::Delta);
-    // The trees that were edited after they were signed.
-    assert_eq!(wrong, BTreeSet::from([delta(9180)]));
-    grail_golden::ran(file, signed - wrong.len(), 38);
-}
-
-#[tokio::test]
-async fn a_wrong_signature_is_reported_and_stops_nothing() {
-    let check = signature_check(&grail_golden::json("checkpoints/signer.json"));
-    let wanted = Wanted { signature: Some(check), ..Wanted::default() };
-    let bench = Bench::over("bucket_quirks");
-    let (_, installed) = bench.install(CheckpointWindow(9240), &wanted).await;
-    let notice = Notice::Signature { tree: Tree::Full, defect: SignatureDefect::Wrong };
-    assert_eq!(installed.unwrap().notices, [notice, Notice::HashDiffers]);
-    let sound = Bench::over("bucket");
-    let (_, installed) = sound.install(CheckpointWindow(3300), &wanted).await;
-    assert_eq!(installed.unwrap().notices, []);
 }

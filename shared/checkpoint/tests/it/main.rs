@@ -14,6 +14,7 @@ mod interrupted;
 mod mirror;
 mod properties;
 mod reconstruction;
+mod signatures;
 mod trainer;
 mod vectors;
 mod weights;

@@ -1,35 +1,40 @@
 //! GSM8K: grade-school maths word problems with a number as answer.
 
 mod answer;
-mod dataset;
 mod reward;
+mod row;
 
 use std::path::Path;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use grail_protocol::ids::EnvironmentSeed;
+use grail_protocol::python_random::PythonRandom;
 
 pub use answer::{gold_answer, normalize, predict};
-pub use dataset::{DatasetCheck, DatasetError, Fingerprint, Row, VAL_ROWS, parse_rows, read_rows, split_rows};
 pub use reward::{ParsedCompletion, evaluate, parse};
+pub use row::Gsm8kRow;
 
-use crate::environment::{BoxFuture, Environment, Evaluation, Payload, Task, TaskError, Unevaluable};
+pub use crate::datasets::DatasetError;
+use crate::datasets::{EmbeddedFile, Overrides, rows_of_file};
+use crate::environment::{BoxFuture, Environment, Payload, Task, TaskError};
+use crate::evaluation::{Evaluation, Unevaluable};
 use crate::id::EnvironmentId;
 use crate::split::Split;
-use crate::task_id::TaskNumber;
+use crate::tasks::{SeedRule, Tasks};
 use crate::thinking::ThinkingMode;
 
 /// The authors' training file; origin and licence in `data/NOTICE.md`.
 pub static EMBEDDED_TRAIN: &[u8] = include_bytes!("../../data/gsm_train.jsonl.gz");
 
+/// Rows of the training file that are held out as `val`.
+pub const VAL_ROWS: usize = 250;
+/// Seed of the shuffle that picks them.
+const VAL_SEED: u64 = 42;
+
 /// One split of GSM8K.
 #[derive(Clone, Debug)]
 pub struct Gsm8k {
-    split: Split,
-    /// All rows of the file.
-    rows: Arc<[Row]>,
-    /// Rows of the split, as places in `rows`.
-    members: Arc<[usize]>,
+    tasks: Tasks<Gsm8kRow>,
 }
 
 impl Gsm8k {
@@ -38,64 +43,56 @@ impl Gsm8k {
     /// # Errors
     /// [`DatasetError::NotEmbedded`] for `test`, whose file is not part of it.
     pub fn embedded(split: Split) -> Result<Self, DatasetError> {
-        static ROWS: LazyLock<Result<Arc<[Row]>, Arc<DatasetError>>> =
-            LazyLock::new(|| parse_rows(EMBEDDED_TRAIN, Path::new("(embedded) gsm_train.jsonl.gz")).map_err(Arc::new));
         if split == Split::Test {
-            return Err(DatasetError::NotEmbedded { split });
+            return Err(DatasetError::NotEmbedded { environment: EnvironmentId::Gsm8k, split });
         }
-        let rows = ROWS.as_ref().map_err(|error| DatasetError::Embedded(Arc::clone(error)))?;
-        Self::from_rows(Arc::clone(rows), Path::new("(embedded) gsm_train.jsonl.gz"), split, DatasetCheck::Published)
+        let file = EmbeddedFile { name: "gsm_train.jsonl.gz", bytes: EMBEDDED_TRAIN };
+        Self::from_parts(split, file.parts(split)?)
     }
 
-    /// `split` from the file at `path`, JSON lines with `question` and `answer`, gzip-compressed or not: the training file
-    /// for `train` and `val`, the test file for `test`.
+    /// `split` from the file at `path` with the columns `question` and `answer`: the training file for `train` and `val`, the
+    /// test file for `test`.
     ///
     /// # Errors
     /// [`DatasetError`] if the file cannot be read or is not the published one; see [`Gsm8k::from_file_with`].
     pub fn from_file(path: &Path, split: Split) -> Result<Self, DatasetError> {
-        Self::from_file_with(path, split, DatasetCheck::Published)
+        Self::from_file_with(path, split, &Overrides::default())
     }
 
     /// As [`Gsm8k::from_file`], with a choice of what the file must be.
     ///
     /// # Errors
-    /// [`DatasetError`] if the file cannot be read or `check` refuses it.
-    pub fn from_file_with(path: &Path, split: Split, check: DatasetCheck) -> Result<Self, DatasetError> {
-        Self::from_rows(read_rows(path)?, path, split, check)
+    /// [`DatasetError`] if the file cannot be read or is neither the published nor the named one.
+    pub fn from_file_with(path: &Path, split: Split, overrides: &Overrides) -> Result<Self, DatasetError> {
+        Self::from_parts(split, rows_of_file(path, split, overrides)?)
     }
 
-    fn from_rows(rows: Arc<[Row]>, path: &Path, split: Split, check: DatasetCheck) -> Result<Self, DatasetError> {
-        check.verify(&rows, path, split)?;
-        let members: Arc<[usize]> = split_rows(rows.len(), split).into();
-        if members.is_empty() {
-            return Err(DatasetError::TooFewRows { path: path.to_owned(), rows: rows.len(), split });
-        }
-        Ok(Self { split, rows, members })
+    pub(crate) fn from_parts(split: Split, parts: Vec<Vec<Gsm8kRow>>) -> Result<Self, DatasetError> {
+        let rows: Arc<[Gsm8kRow]> = parts.into_iter().flatten().collect();
+        let members = split_rows(rows.len(), split);
+        Ok(Self { tasks: Tasks::new(split, SeedRule::Fraction, rows, members)? })
     }
 
     /// Places of the split's rows in the file, in order.
     #[must_use]
     pub fn file_rows(&self) -> &[usize] {
-        &self.members
-    }
-
-    fn numbered(&self, number: &TaskNumber) -> Task {
-        let place = number.row(self.members.len());
-        let row = &self.rows[self.members[place]];
-        Task {
-            id: format!("{}_{number}", self.split),
-            question: row.question.to_string(),
-            row: place,
-            payload: Payload::Gsm8k { answer: Arc::clone(&row.answer) },
-        }
+        self.tasks.members()
     }
 }
 
-/// Row that `seed` means among `rows`: the reference's `trunc(seed mod 2³² / 2³² · rows)`, which is exact in doubles.
-fn row_of_seed(seed: EnvironmentSeed, rows: usize) -> usize {
-    let low = seed.0 & 0xffff_ffff;
-    let row = (u128::from(low) * rows as u128) >> 32;
-    usize::try_from(row).expect("the product of a fraction and a count is below the count")
+/// Places of `split`'s rows in its file of `rows` rows, ascending. `val` is the first [`VAL_ROWS`] of a shuffle of the
+/// training file, as a set; `train` is the rest.
+#[must_use]
+pub fn split_rows(rows: usize, split: Split) -> Vec<usize> {
+    if split == Split::Test {
+        return (0..rows).collect();
+    }
+    let mut order: Vec<usize> = (0..rows).collect();
+    PythonRandom::from_u64(VAL_SEED).shuffle(&mut order);
+    let (held_out, rest) = order.split_at(VAL_ROWS.min(rows));
+    let mut members = if split == Split::Val { held_out.to_vec() } else { rest.to_vec() };
+    members.sort_unstable();
+    members
 }
 
 impl Environment for Gsm8k {
@@ -104,19 +101,19 @@ impl Environment for Gsm8k {
     }
 
     fn split(&self) -> Split {
-        self.split
+        self.tasks.split()
     }
 
     fn task_count(&self) -> usize {
-        self.members.len()
+        self.tasks.count()
     }
 
     fn task(&self, seed: EnvironmentSeed) -> Result<Task, TaskError> {
-        Ok(self.numbered(&TaskNumber::from_index(row_of_seed(seed, self.members.len()))))
+        Ok(self.tasks.of_seed(seed))
     }
 
     fn task_by_id(&self, task_id: Option<&str>) -> Result<Task, TaskError> {
-        Ok(self.numbered(&TaskNumber::parse(task_id.unwrap_or_default())))
+        Ok(self.tasks.of_id(task_id))
     }
 
     fn evaluate<'a>(
@@ -125,7 +122,10 @@ impl Environment for Gsm8k {
         completion: &'a str,
         mode: ThinkingMode,
     ) -> BoxFuture<'a, Result<Evaluation, Unevaluable>> {
-        let Payload::Gsm8k { answer } = &task.payload;
-        Box::pin(std::future::ready(Ok(evaluate(answer, completion, mode))))
+        let verdict = match &task.payload {
+            Payload::Gsm8k { answer } => Ok(evaluate(answer, completion, mode)),
+            _ => Err(Unevaluable::foreign(task, self.id())),
+        };
+        Box::pin(std::future::ready(verdict))
     }
 }

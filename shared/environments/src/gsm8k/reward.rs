@@ -1,12 +1,14 @@
 //! What a completion earns.
 
+use serde::Serialize;
+
 use super::answer::{gold_answer, is_numeric_only, normalize, predict};
-use crate::environment::{Component, Evaluation};
+use crate::evaluation::{Component, Evaluation, Parsed};
 use crate::tags::find_answer;
 use crate::thinking::ThinkingMode;
 
 /// What is read from a completion.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ParsedCompletion {
     /// The number given as answer; empty without one.
     pub answer_text: String,
@@ -49,7 +51,9 @@ pub fn evaluate(answer: &str, completion: &str, mode: ThinkingMode) -> Evaluatio
         success,
         components: components.into(),
         gold_answer: gold,
-        predicted_answer: parsed.answer_text,
+        predicted_answer: parsed.answer_text.clone(),
+        parsed: Parsed::Gsm8k(parsed),
+        tests: None,
     }
 }
 
