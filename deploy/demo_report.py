@@ -15,6 +15,7 @@ MIN_MIXED_GROUPS = 0.75
 MIN_NATURAL_ENDS = 0.90
 MIN_DISTRIBUTION = 0.90
 MAX_OLD_WEIGHTS_EQUAL = 0.5
+MIN_CHANGED = 0.01
 
 state, supervisor = pathlib.Path(sys.argv[1]), sys.argv[2]
 problems = []
@@ -53,6 +54,21 @@ for window in report["windows"]:
     expect(shares["natural_ends"] >= MIN_NATURAL_ENDS, f"{shares['natural_ends']:.1%} of rows end in a natural EOS")
     expect(shares["shortest"] >= 32, f"shortest completion: {shares['shortest']} tokens")
     expect(shares["distribution"] >= MIN_DISTRIBUTION, f"{shares['distribution']:.1%} of rows pass the distribution check")
+
+print("the roll between the windows")
+facts = json.loads((state / "store/grail/checkpoints/checkpoint-3000/DELTA/delta_metadata.json").read_text())
+changed = facts["nonzero_params"] / facts["total_params"]
+expect(changed >= MIN_CHANGED, f"by DELTA: {changed:.1%} of the weights' elements change")
+rolls = list(events("worker_rolled"))
+pids = collections.defaultdict(set)
+for event in events("worker_ready"):
+    pids[event["slot"]].add(event["pid"])
+for slot, known in sorted(pids.items()):
+    stalls = [roll["stall_us"] for roll in rolls if roll["slot"] == slot and roll["from_changes"]]
+    expect(len(known) == 1, f"worker {slot}: process {', '.join(map(str, sorted(known)))} before and after")
+    expect(len(stalls) == 1, f"worker {slot}: took the changes, proofs stood still for {sum(stalls)} microseconds")
+incarnations = {event["incarnation"] for event in events("server_ready")}
+expect(len(incarnations) == 1, "generation server: updated in place, its weights confirmed by a proof worker")
 
 print("the second window under the first checkpoint's weights, which must not pass for the real thing")
 first, second = report["windows"][0], report["windows"][1]

@@ -11,8 +11,8 @@ use futures::future::BoxFuture;
 use grail_checkpoint::install::Wanted;
 use grail_checkpoint::retention::RetentionLimits;
 use grail_checkpoint::{
-    CacheError, CheckpointCache, CheckpointStore, ChooseError, Hold, InstallError, Installed, Listing, MiningPolicy,
-    StoreError,
+    CacheError, CheckpointCache, CheckpointStore, ChooseError, FailureClass, Hold, InstallError, Installed, Listing,
+    MiningPolicy, StoreError,
 };
 use grail_ipc::messages::ChangeSet;
 use grail_process::with_causes;
@@ -38,6 +38,21 @@ pub enum CheckpointError {
     Install { checkpoint: CheckpointWindow, source: Box<InstallError> },
     #[error("use the files of checkpoint {checkpoint}")]
     Files { checkpoint: CheckpointWindow, source: FilesError },
+}
+
+impl CheckpointError {
+    /// Whether what was published is at fault: the next checkpoint may be whole again, so a miner waits for it.
+    #[must_use]
+    pub fn is_of_the_trainer(&self) -> bool {
+        match self {
+            Self::Policy { .. } => true,
+            Self::Install { source, .. } => {
+                use FailureClass::{Denied, Local, NoSpace, Weights};
+                !matches!(source.class(), Denied | Local | NoSpace | Weights)
+            }
+            Self::Choose(_) | Self::Metadata { .. } | Self::Files { .. } => false,
+        }
+    }
 }
 
 /// Files of a checkpoint folder that the supervisor cannot use.

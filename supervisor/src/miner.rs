@@ -183,7 +183,14 @@ impl Miner {
         if self.has_spooled(window) {
             return Ok(());
         }
-        let checkpoint = self.checkpoints.for_window(window).await.map_err(MineError::FirstCheckpoint)?;
+        let checkpoint = match self.checkpoints.for_window(window).await {
+            Ok(checkpoint) => checkpoint,
+            Err(error) if error.is_of_the_trainer() => {
+                tracing::warn!(%window, error = with_causes(&error), "The first window has no checkpoint to be mined with yet.");
+                return Ok(());
+            }
+            Err(error) => return Err(MineError::FirstCheckpoint(error)),
+        };
         self.checkpoints.activate(checkpoint.installed.window);
         Ok(self.fleet.roll(&checkpoint).await?)
     }

@@ -47,6 +47,12 @@ impl World {
         Self { folder, state, variables: Vec::new(), chain: vec!["--block-ms", "1500"], segments_before }
     }
 
+    /// A world with windows of 18 seconds.
+    #[must_use]
+    pub fn with_short_windows() -> Self {
+        Self { chain: vec!["--block-ms", "600"], ..Self::new() }
+    }
+
     /// A world in a window that began one block ago and is longer than any test.
     #[must_use]
     pub fn in_a_window() -> Self {

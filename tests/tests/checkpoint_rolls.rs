@@ -21,8 +21,6 @@ const FIRST: CheckpointWindow = CheckpointWindow(2_940);
 const BEFORE: u64 = 2_970;
 /// Ready in the first window.
 const DURING: u64 = 3_000;
-/// Of a mine run in short windows: 18 seconds each.
-const SHORT_BLOCKS: [&str; 2] = ["--block-ms", "600"];
 
 /// The store of a world, and its trainer.
 struct Trainer {
@@ -107,8 +105,8 @@ fn finish(world: &World, run: Run) -> String {
 
 #[test]
 fn a_server_that_keeps_old_weights_is_found_before_any_group_is_spooled() {
-    let world = World::new().with("GRAIL_FAULT", "stale@update");
-    let run = world.mine(&["--windows", "2", "--max-groups", "4", SHORT_BLOCKS[0], SHORT_BLOCKS[1]]);
+    let world = World::with_short_windows().with("GRAIL_FAULT", "stale@update");
+    let run = world.mine(&["--windows", "2", "--max-groups", "4"]);
     finish(&world, run);
     let refuted = world.of_kind("server_refuted");
     assert_eq!(refuted.len(), 1, "{:#?}", world.events());
@@ -145,10 +143,10 @@ fn a_late_marker_begins_the_window_anew() {
 
 #[test]
 fn a_damaged_delta_skips_the_window_until_there_is_another_way() {
-    let world = World::new();
+    let world = World::with_short_windows();
     let trainer = Trainer::of(&world);
     trainer.first();
-    let run = world.mine(&["--no-trainer", "--windows", "2", "--max-groups", "4", SHORT_BLOCKS[0], SHORT_BLOCKS[1]]);
+    let run = world.mine(&["--no-trainer", "--windows", "2", "--max-groups", "4"]);
     wait_until("the first window is mined", || world.count("window_started") == 1);
     let damaged = CheckpointWindow(DURING);
     trainer.delta(damaged, FIRST, DURING);
@@ -170,10 +168,10 @@ fn a_damaged_delta_skips_the_window_until_there_is_another_way() {
 
 #[test]
 fn of_two_rolls_in_one_window_the_last_one_counts() {
-    let world = World::new();
+    let world = World::with_short_windows();
     let trainer = Trainer::of(&world);
     trainer.first();
-    let run = world.mine(&["--no-trainer", "--windows", "2", "--max-groups", "4", SHORT_BLOCKS[0], SHORT_BLOCKS[1]]);
+    let run = world.mine(&["--no-trainer", "--windows", "2", "--max-groups", "4"]);
     wait_until("the first window is mined", || world.count("window_started") == 1);
     let (second, third) = (CheckpointWindow(2_970), CheckpointWindow(DURING));
     trainer.delta(second, FIRST, DURING);
@@ -187,10 +185,10 @@ fn of_two_rolls_in_one_window_the_last_one_counts() {
 
 #[test]
 fn a_marker_without_files_skips_the_window_and_says_why() {
-    let world = World::new();
+    let world = World::with_short_windows();
     let trainer = Trainer::of(&world);
     trainer.first();
-    let run = world.mine(&["--no-trainer", "--windows", "2", "--max-groups", "4", SHORT_BLOCKS[0], SHORT_BLOCKS[1]]);
+    let run = world.mine(&["--no-trainer", "--windows", "2", "--max-groups", "4"]);
     wait_until("the first window is mined", || world.count("window_started") == 1);
     let hollow = trainer.object(CheckpointWindow(DURING), &format!("READY-{DURING}"));
     std::fs::create_dir_all(hollow.parent().unwrap()).unwrap();
@@ -228,4 +226,23 @@ fn an_operator_has_the_checkpoint_read_again() {
     let log = finish(&world, run);
     assert!(log.matches("Worker has the checkpoint.").count() >= 3, "{log}");
     world.assert_uploaded_whole();
+}
+
+#[test]
+fn a_first_checkpoint_that_does_not_say_how_to_mine_skips_its_windows() {
+    let world = World::with_short_windows();
+    let trainer = Trainer::of(&world);
+    trainer.first();
+    let metadata = trainer.object(FIRST, "FULL/metadata.json");
+    let mut document: Value = serde_json::from_slice(&std::fs::read(&metadata).unwrap()).unwrap();
+    document["generation_params"]["temperature"] = 9.into();
+    std::fs::write(&metadata, document.to_string()).unwrap();
+    let run = world.mine(&["--no-trainer", "--windows", "1", "--max-groups", "4"]);
+    wait_until("a window is skipped", || world.count("window_skipped") == 1);
+    let skipped = world.of_kind("window_skipped").remove(0);
+    assert_eq!(skipped["window"], 3_000);
+    assert!(skipped["reason"].as_str().unwrap().contains("temperature"), "{skipped}");
+    trainer.full(CheckpointWindow(DURING), &trainer.demo.second, DURING);
+    finish(&world, run);
+    assert_eq!(uploaded_with(&world), [BTreeSet::from([DURING])]);
 }
