@@ -112,7 +112,7 @@ fn a_worker_refuses_each_hostile_peer_and_says_so_once() {
         (u32::MAX.to_le_bytes().to_vec(), "frame of 4294967295 bytes is over the limit"),
         (noise(1, NOISE_BYTES), "is over the limit"),
         (garbage(2), "decode"),
-        (old_version(), "peer speaks protocol 0 (build 0.0.1), this build speaks 1"),
+        (old_version(), "peer speaks protocol 0 (build 0.0.1), this build speaks 2"),
         (vec![64, 0, 0, 0, 1], "in the middle of a frame"),
     ];
     for (bytes, _) in &peers {

@@ -255,7 +255,7 @@ fn out_of_memory_is_tried_once_more() {
 
 #[test]
 fn a_worker_of_another_version_is_given_up_at_once() {
-    let (_, causes) = one_is_given_up("wrong_version@hello,slot=0", "speaks protocol 2, this build speaks 1");
+    let (_, causes) = one_is_given_up("wrong_version@hello,slot=0", "speaks protocol 3, this build speaks 2");
     assert_eq!(causes.len(), 1, "{causes:?}");
 }
 
@@ -265,7 +265,7 @@ fn workers_of_another_version_end_the_miner_at_once() {
     let mined = world.mine(&ENDLESS).wait();
     // Starting again would find the same programs.
     assert_eq!(mined.code, Some(78), "{mined:#?}");
-    assert!(mined.stderr.contains("speaks protocol 2, this build speaks 1"), "{}", mined.stderr);
+    assert!(mined.stderr.contains("speaks protocol 3, this build speaks 2"), "{}", mined.stderr);
     assert_eq!((world.count("worker_lost"), world.count("worker_given_up")), (2, 2));
     world.assert_nothing_left();
 }
