@@ -167,7 +167,9 @@ fn table(spans: &[Span], total: Duration, groups: usize) -> Vec<StageReport> {
         share: time.as_secs_f64() / total.as_secs_f64().max(f64::MIN_POSITIVE),
     };
     let own = |stage: Stage| spans.iter().filter(|span| span.stage == stage).map(Span::own).sum::<Duration>();
-    let mut rows: Vec<StageReport> = Stage::ALL.into_iter().map(|stage| row(stage.name(), own(stage))).collect();
+    let ran = |stage: &Stage| spans.iter().any(|span| span.stage == *stage);
+    let mut rows: Vec<StageReport> =
+        Stage::ALL.into_iter().filter(ran).map(|stage| row(stage.name(), own(stage))).collect();
     let staged: Duration = spans.iter().map(Span::own).sum();
     rows.push(row("other", total.saturating_sub(staged)));
     rows

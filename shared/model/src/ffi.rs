@@ -1,4 +1,4 @@
-//! The crate's only unsafe code: mapping files, loading libtorch's CUDA library, asking it for its memory, and a loop for processors with fused
+//! The crate's unsafe code outside [`crate::cuda`]: mapping files, loading libtorch's CUDA library, asking it for its memory, and a loop for processors with fused
 //! multiply-add.
 
 use std::ffi::{CStr, CString};
