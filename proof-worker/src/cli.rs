@@ -9,6 +9,7 @@ use grail_process::ExitCode;
 use grail_telemetry::{Format, Options};
 
 use crate::profile::{Lengths, Shape};
+use crate::torch::Shadow;
 
 static EXIT_CODES: LazyLock<String> = LazyLock::new(ExitCode::table);
 
@@ -107,6 +108,9 @@ pub struct ServeArguments {
     /// Inherited descriptor that holds the slot's token
     #[arg(long, value_name = "FD")]
     pub token_fd: Option<i32>,
+    /// Whether a reload may have a second copy of the weights for its time
+    #[arg(long, env = "GRAIL_RELOAD_SHADOW", value_name = "WHEN", value_enum, default_value_t)]
+    pub reload_shadow: Shadow,
     #[command(flatten)]
     pub model: ModelArguments,
 }
@@ -132,7 +136,7 @@ pub struct ProfileArguments {
     #[arg(long)]
     pub shape: Option<Shape>,
     /// Measure the worker that serves at this socket, with two requests in flight
-    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["device", "dtype", "threads"])]
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["device", "dtype", "threads", "batch_tokens"])]
     pub connect: Option<PathBuf>,
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
@@ -143,6 +147,9 @@ pub struct ProfileArguments {
     /// Threads of one operation on the CPU [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
+    /// Most tokens of one packed batch; a longer single sequence runs alone [default: 16384 on cpu, 32768 on cuda]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch_tokens: Option<u32>,
     /// Groups from a file that `mine --record` wrote, instead of synthetic ones
     #[arg(long, value_name = "FILE", conflicts_with_all = ["groups", "prompt", "completion", "max_tokens", "seed"])]
     pub recorded: Option<PathBuf>,
@@ -190,13 +197,10 @@ pub struct ModelArguments {
     /// Threads of one operation on the CPU [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
-    /// Most tokens of one packed batch; a longer single sequence runs alone
-    #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_BATCH_TOKENS, value_parser = clap::value_parser!(u32).range(1..))]
-    pub batch_tokens: u32,
+    /// Most tokens of one packed batch; a longer single sequence runs alone [default: 16384 on cpu, 32768 on cuda]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch_tokens: Option<u32>,
 }
-
-/// Tokens of one packed batch when memory has not run short yet.
-pub const DEFAULT_BATCH_TOKENS: u32 = 16_384;
 
 #[cfg(test)]
 mod tests {
@@ -217,7 +221,7 @@ mod tests {
         let Command::Serve(serve) = arguments.command else { panic!("serve") };
         assert_eq!((serve.slot, serve.epoch, serve.token_fd), (1, 3, Some(7)));
         assert_eq!((serve.model.device, serve.model.dtype), (Device::Cuda(0), Some(Dtype::Bf16)));
-        assert_eq!((serve.model.threads, serve.model.batch_tokens), (Some(2), 4_096));
+        assert_eq!((serve.model.threads, serve.model.batch_tokens), (Some(2), Some(4_096)));
     }
 
     #[test]

@@ -2,22 +2,24 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use grail_ipc::jobs::{GroupProof, ProveJob, RowFacts, VerifyJob};
-use grail_ipc::messages::RequestId;
+use grail_ipc::jobs::{GroupProof, ProveJob, ReloadOrder, RowFacts, VerifyJob};
+use grail_ipc::messages::{RequestId, Severity};
 use grail_process::fault::{Act, Armed, Point};
 use grail_protocol::ids::WeightsHash;
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 use tokio::time::Instant;
-use tracing::{debug, error, info};
+use tracing::{debug, error};
 
+use crate::batches::{Batches, Request};
 use crate::error::WorkerError;
-use crate::prover::{ComputeError, Loader, Prover};
+use crate::prepare::{Order, Preparer, Then};
+use crate::prover::{ComputeError, Loader, Prepared, Prover, Retired, Way};
 
 /// What became of a request.
 #[derive(Debug)]
@@ -31,12 +33,14 @@ pub enum Outcome {
         weights: WeightsHash,
         rows: Vec<RowFacts>,
     },
-    /// `stall` is the time in which nothing could be proved, `total` that since the command.
-    Reloaded {
+    /// `weights` are ready to take over; the present ones if there is no memory for both.
+    Staged {
         id: RequestId,
         weights: WeightsHash,
-        stall: Duration,
-        total: Duration,
+    },
+    Reloaded {
+        id: RequestId,
+        reload: Reload,
     },
     Failed {
         id: RequestId,
@@ -44,35 +48,58 @@ pub enum Outcome {
     },
 }
 
+/// A reload that is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reload {
+    pub weights: WeightsHash,
+    /// In which nothing could be proved.
+    pub stall: Duration,
+    /// Since the command.
+    pub total: Duration,
+    pub way: Way,
+}
+
 /// Where outcomes of one session go; when it is closed nobody wants them any more.
 pub type Outcomes = async_mpsc::UnboundedSender<Outcome>;
 
 /// What is known of the model without asking its thread.
 #[derive(Debug, Default)]
-struct Known {
+pub(crate) struct Known {
     weights: Mutex<Option<WeightsHash>>,
     groups: AtomicU64,
     rollouts: AtomicU64,
 }
 
 impl Known {
+    /// Hash of the weights that prove now.
+    pub(crate) fn weights(&self) -> Option<WeightsHash> {
+        *self.weights.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn count(&self, proof: &GroupProof) {
+        self.groups.fetch_add(1, Ordering::Relaxed);
+        self.rollouts.fetch_add(u64::try_from(proof.members.len()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
     fn set_weights(&self, weights: WeightsHash) {
         *self.weights.lock().unwrap_or_else(PoisonError::into_inner) = Some(weights);
     }
 }
 
-enum Work {
-    Prove { id: RequestId, job: ProveJob, outcomes: Outcomes },
+pub(crate) enum Work {
+    Prove(Request),
     Verify { id: RequestId, job: VerifyJob, outcomes: Outcomes },
-    Install { id: RequestId, prover: Box<dyn Prover>, began: Instant, outcomes: Outcomes },
+    TakeOver { prepared: Box<dyn Prepared>, done: mpsc::Sender<TakenOver> },
 }
+
+/// What became of weights that were to take over, and how long nothing could be proved for it.
+pub(crate) type TakenOver = (Result<Retired, ComputeError>, Duration);
 
 /// The handle of the computing thread; dropping it ends the thread after its current batch.
 pub struct Compute {
     work: mpsc::Sender<Work>,
+    orders: mpsc::Sender<Order>,
     known: Arc<Known>,
-    loader: Arc<dyn Loader>,
-    faults: Arc<Armed>,
     thread: JoinHandle<()>,
     device: String,
 }
@@ -92,14 +119,14 @@ impl Compute {
         let (work, inbox) = mpsc::channel();
         let (report, loaded) = oneshot::channel();
         let known = Arc::new(Known::default());
-        let (of_thread, loads, goes_wrong) = (Arc::clone(&known), Arc::clone(&loader), Arc::clone(&faults));
+        let (of_thread, goes_wrong) = (Arc::clone(&known), Arc::clone(&faults));
         let life = move || {
             goes_wrong.pass(Point::Starting);
-            match loads.load(&folder) {
+            match loader.load(&folder) {
                 Ok(prover) => {
                     goes_wrong.pass(Point::Loaded);
                     of_thread.set_weights(prover.weights());
-                    if report.send(Ok(prover.device())).is_ok() {
+                    if report.send(Ok((prover.device(), prover.reloader()))).is_ok() {
                         compute(prover, &inbox, &of_thread, &goes_wrong);
                     }
                 }
@@ -111,8 +138,9 @@ impl Compute {
             .spawn(life)
             .map_err(|source| WorkerError::Start { what: "start the computing thread", source })?;
         let gone = || WorkerError::Bug { detail: "the computing thread panicked while it loaded the model".to_owned() };
-        let device = loaded.await.map_err(|_| gone())??;
-        Ok(Self { work, known, loader, faults, thread, device })
+        let (device, reloader) = loaded.await.map_err(|_| gone())??;
+        let orders = Preparer::new(reloader, Arc::clone(&known), faults, work.clone()).start()?;
+        Ok(Self { work, orders, known, thread, device })
     }
 
     /// Where the model lies.
@@ -124,7 +152,7 @@ impl Compute {
     /// Hash of the weights that prove now.
     #[must_use]
     pub fn weights(&self) -> Option<WeightsHash> {
-        *self.known.weights.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.weights()
     }
 
     /// Groups and rollouts proved since the start.
@@ -138,7 +166,7 @@ impl Compute {
     /// # Errors
     /// [`WorkerError::Bug`] if the thread is gone.
     pub fn prove(&self, id: RequestId, job: ProveJob, outcomes: Outcomes) -> Result<(), WorkerError> {
-        self.queue(Work::Prove { id, job, outcomes })
+        self.queue(Work::Prove(Request { id, job, outcomes }))
     }
 
     /// Queues rows.
@@ -149,31 +177,24 @@ impl Compute {
         self.queue(Work::Verify { id, job, outcomes })
     }
 
-    /// Loads other weights beside the present ones, which prove meanwhile, and has them take over between two batches.
+    /// Makes other weights ready while the present ones prove.
     ///
     /// # Errors
-    /// [`WorkerError::Start`] if there can be no thread; a failure to load goes to `outcomes`.
-    pub fn reload(
-        &self,
-        id: RequestId,
-        folder: PathBuf,
-        expected: WeightsHash,
-        outcomes: Outcomes,
-    ) -> Result<(), WorkerError> {
-        let (loader, faults, work) = (Arc::clone(&self.loader), Arc::clone(&self.faults), self.work.clone());
-        let began = Instant::now();
-        let load = move || {
-            faults.pass(Point::Reload);
-            match load_expected(&*loader, &folder, expected) {
-                Ok(prover) => drop(work.send(Work::Install { id, prover, began, outcomes })),
-                Err(error) => drop(outcomes.send(Outcome::Failed { id, error })),
-            }
-        };
-        std::thread::Builder::new()
-            .name("grail-reload".into())
-            .spawn(load)
-            .map(drop)
-            .map_err(|source| WorkerError::Start { what: "start the loading thread", source })
+    /// [`WorkerError::Bug`] if the thread for it is gone; a failure to load goes to `outcomes`.
+    pub fn stage(&self, id: RequestId, order: ReloadOrder, outcomes: Outcomes) -> Result<(), WorkerError> {
+        self.order(Order { id, order, then: Then::Wait, began: Instant::now(), outcomes })
+    }
+
+    /// Makes other weights ready, unless they are, and has them take over between two batches.
+    ///
+    /// # Errors
+    /// [`WorkerError::Bug`] if the thread for it is gone; a failure to load goes to `outcomes`.
+    pub fn reload(&self, id: RequestId, order: ReloadOrder, outcomes: Outcomes) -> Result<(), WorkerError> {
+        self.order(Order { id, order, then: Then::TakeOver, began: Instant::now(), outcomes })
+    }
+
+    fn order(&self, order: Order) -> Result<(), WorkerError> {
+        self.orders.send(order).map_err(|_| WorkerError::Bug { detail: "the loading thread is gone".to_owned() })
     }
 
     fn queue(&self, work: Work) -> Result<(), WorkerError> {
@@ -182,7 +203,8 @@ impl Compute {
 
     /// Ends the thread after its current batch; `false` if that takes longer than `limit`.
     pub async fn end(self, limit: Duration) -> bool {
-        drop(self.work);
+        // The loading thread has a sender of its own, and ends when it has no more orders.
+        drop((self.work, self.orders));
         let thread = self.thread;
         // A blocking task would keep the runtime alive for as long as the batch takes.
         let ended = async {
@@ -194,61 +216,56 @@ impl Compute {
     }
 }
 
-fn load_expected(loader: &dyn Loader, folder: &Path, expected: WeightsHash) -> Result<Box<dyn Prover>, ComputeError> {
-    let failed = |detail: String| ComputeError::Reload { detail };
-    let loaded = catch_unwind(AssertUnwindSafe(|| loader.load(folder)));
-    let prover = match loaded {
-        Ok(Ok(prover)) => prover,
-        Ok(Err(error)) => return Err(failed(format!("{:#}", anyhow::Error::from(error)))),
-        Err(panic) => return Err(failed(format!("loading {} panicked: {}", folder.display(), panic_text(&*panic)))),
-    };
-    if prover.weights() != expected {
-        let detail =
-            format!("folder {} holds weights {}, the command names {expected}", folder.display(), prover.weights());
-        return Err(failed(detail));
-    }
-    Ok(prover)
-}
-
-fn compute(mut prover: Box<dyn Prover>, inbox: &mpsc::Receiver<Work>, known: &Known, faults: &Armed) {
-    while let Ok(work) = inbox.recv() {
+fn compute(prover: Box<dyn Prover>, inbox: &mpsc::Receiver<Work>, known: &Known, faults: &Armed) {
+    // Why there are no weights any more.
+    let mut lost: Option<ComputeError> = None;
+    let mut batches = Batches::new(inbox, known, faults);
+    while let Some(work) = batches.next() {
         let (outcome, outcomes) = match work {
-            Work::Prove { outcomes, .. } | Work::Verify { outcomes, .. } if outcomes.is_closed() => {
+            Work::Prove(Request { outcomes, .. }) | Work::Verify { outcomes, .. } if outcomes.is_closed() => {
                 debug!("Skipped a request whose sender has gone.");
                 continue;
             }
-            Work::Prove { id, job, outcomes } => {
-                let proved = guarded(&*prover, job.weights, || {
-                    injected(faults.reach(Point::MidProof))?;
-                    prover.prove(&job)
-                });
-                if let Ok(proof) = &proved {
-                    known.groups.fetch_add(1, Ordering::Relaxed);
-                    let members = u64::try_from(proof.members.len()).unwrap_or(u64::MAX);
-                    known.rollouts.fetch_add(members, Ordering::Relaxed);
-                    debug!(group = %proof.group, tokens = job.tokens(), compute = ?proof.compute, "Group proved.");
-                }
-                (proved.map(|proof| Outcome::Proved { id, proof }).unwrap_or_else(|error| failed(id, error)), outcomes)
+            Work::Prove(Request { id, outcomes, .. }) | Work::Verify { id, outcomes, .. }
+                if let Some(error) = &lost =>
+            {
+                (failed(id, error.clone()), outcomes)
+            }
+            Work::Prove(request) => {
+                batches.prove(&*prover, request);
+                continue;
             }
             Work::Verify { id, job, outcomes } => {
+                batches.finish();
                 let verified = guarded(&*prover, job.weights, || prover.verify(&job));
                 let verified = verified.map(|rows| Outcome::Verified { id, weights: job.weights, rows });
                 (verified.unwrap_or_else(|error| failed(id, error)), outcomes)
             }
-            Work::Install { id, prover: other, began, outcomes } => {
-                let started = Instant::now();
-                let weights = other.weights();
-                known.set_weights(weights);
-                // The old weights are freed here, between two batches.
-                prover = other;
-                let stall = started.elapsed();
-                info!(%weights, ?stall, "Other weights are in place.");
-                (Outcome::Reloaded { id, weights, stall, total: began.elapsed() }, outcomes)
+            Work::TakeOver { prepared, done } => {
+                // What was begun is of the old weights.
+                batches.finish();
+                let (taken_over, stall) = take_over(prepared);
+                match &taken_over {
+                    Ok(_) => known.set_weights(prover.weights()),
+                    Err(error) if error.severity() == Severity::FatalForWorker => lost = Some(error.clone()),
+                    Err(_) => {}
+                }
+                // The loading thread waits for it.
+                drop(done.send((taken_over, stall)));
+                continue;
             }
         };
         // Whoever asked may have gone meanwhile.
         drop(outcomes.send(outcome));
     }
+}
+
+fn take_over(prepared: Box<dyn Prepared>) -> TakenOver {
+    let started = Instant::now();
+    let taken_over = catch_unwind(AssertUnwindSafe(|| prepared.take_over()));
+    // In the middle of it there is no telling what the weights are.
+    let lost = |panic: Box<dyn Any + Send>| Err(ComputeError::WeightsLost { detail: panic_text(&*panic) });
+    (taken_over.unwrap_or_else(lost), started.elapsed())
 }
 
 /// Runs `work` if the weights are those asked for; a panic becomes an error.
@@ -266,7 +283,7 @@ fn guarded<T>(
 }
 
 /// What a fault on the computing thread makes of a proof.
-fn injected(act: Option<Act>) -> Result<(), ComputeError> {
+pub(crate) fn injected(act: Option<Act>) -> Result<(), ComputeError> {
     let detail = "injected by GRAIL_FAULT".to_owned();
     match act {
         None => Ok(()),
@@ -280,12 +297,12 @@ fn injected(act: Option<Act>) -> Result<(), ComputeError> {
     }
 }
 
-fn failed(id: RequestId, error: ComputeError) -> Outcome {
+pub(crate) fn failed(id: RequestId, error: ComputeError) -> Outcome {
     error!(request = %id, code = error.code(), %error, "Request failed.");
     Outcome::Failed { id, error }
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> String {
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     text.unwrap_or("no text").to_owned()
 }

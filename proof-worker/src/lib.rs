@@ -3,16 +3,19 @@
 //! [`serve`] takes requests over a socket, [`prove_file`] from a file; both know the model only through [`prover`], behind which
 //! [`torch`] stands. [`profile`] measures. There is no wallet and no network here.
 
+mod batches;
 pub mod cli;
 pub mod compute;
 mod error;
 mod fault;
+mod prepare;
 pub mod profile;
 pub mod prove_file;
 pub mod prover;
 pub mod serve;
 mod session;
 pub mod torch;
+mod torch_reload;
 
 pub use error::WorkerError;
 

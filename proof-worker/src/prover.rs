@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use grail_ipc::jobs::{GroupProof, ProveJob, RowFacts, VerifyJob};
+use grail_ipc::jobs::{GroupProof, ProveJob, ReloadOrder, RowFacts, VerifyJob};
 use grail_ipc::messages::Severity;
 use grail_protocol::ids::WeightsHash;
 
@@ -22,11 +22,82 @@ pub trait Prover: Send {
     /// [`ComputeError`].
     fn prove(&self, job: &ProveJob) -> Result<GroupProof, ComputeError>;
 
+    /// Most tokens of groups that are begun together; 0 where one group at a time is best.
+    fn batch_tokens(&self) -> usize {
+        0
+    }
+
+    /// Begins to prove groups together. What is begun later comes later.
+    fn begin(&self, jobs: &[&ProveJob]) -> Box<dyn Proving> {
+        Box::new(Proved(jobs.iter().map(|job| self.prove(job)).collect()))
+    }
+
     /// Recomputes rows, in the order of the job.
     ///
     /// # Errors
     /// [`ComputeError`].
     fn verify(&self, job: &VerifyJob) -> Result<Vec<RowFacts>, ComputeError>;
+
+    /// What makes other weights ready for this prover, on a thread of its own.
+    fn reloader(&self) -> Box<dyn Reloader>;
+}
+
+/// Groups that are being proved.
+pub trait Proving {
+    /// Whether [`Proving::finish`] will not wait.
+    fn is_done(&self) -> bool;
+
+    /// Waits for the proofs, one for each group in the order in which they were given.
+    fn finish(self: Box<Self>) -> Vec<Result<GroupProof, ComputeError>>;
+}
+
+/// Groups that were proved when they were begun.
+struct Proved(Vec<Result<GroupProof, ComputeError>>);
+
+impl Proving for Proved {
+    fn is_done(&self) -> bool {
+        true
+    }
+
+    fn finish(self: Box<Self>) -> Vec<Result<GroupProof, ComputeError>> {
+        self.0
+    }
+}
+
+/// Makes other weights ready for a prover, which goes on proving meanwhile.
+pub trait Reloader: Send {
+    /// Makes the weights of `order` ready by the cheapest way that is open.
+    ///
+    /// # Errors
+    /// [`ComputeError::Reload`]; nothing has changed then.
+    fn prepare(&mut self, order: &ReloadOrder) -> Result<Box<dyn Prepared>, ComputeError>;
+}
+
+/// Weights that can take over from those of the prover that they were made ready for.
+pub trait Prepared: Send {
+    /// Their hash.
+    fn weights(&self) -> WeightsHash;
+
+    /// How they were made ready.
+    fn way(&self) -> Way;
+
+    /// Puts them in place; runs on the computing thread, between two batches.
+    ///
+    /// # Errors
+    /// [`ComputeError::Reload`] if the old weights prove on, [`ComputeError::WeightsLost`] if there are none any more.
+    fn take_over(self: Box<Self>) -> Result<Retired, ComputeError>;
+}
+
+/// What is not needed any more after a reload, to be freed on a thread that nobody waits for.
+pub type Retired = Box<dyn std::any::Any + Send>;
+
+/// The way to other weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Way {
+    /// Changes are applied to the weights that are there, instead of reading the folder.
+    pub from_changes: bool,
+    /// There is a second copy meanwhile; without one the weights are changed where they lie.
+    pub in_shadow: bool,
 }
 
 /// Makes provers.
@@ -58,6 +129,8 @@ pub enum ComputeError {
     Panicked { detail: String },
     #[error("{detail}; the old weights stay")]
     Reload { detail: String },
+    #[error("reload failed and the old weights are lost: {detail}")]
+    WeightsLost { detail: String },
     #[error("worker is draining and accepts nothing more")]
     Draining,
     #[error("worker has {open} open requests and accepts no more than {most}")]
@@ -72,7 +145,7 @@ impl ComputeError {
     pub fn severity(&self) -> Severity {
         match self {
             Self::BadRequest { .. } | Self::NonFinite { .. } => Severity::FatalForGroup,
-            Self::Poisoned { .. } | Self::Panicked { .. } => Severity::FatalForWorker,
+            Self::Poisoned { .. } | Self::Panicked { .. } | Self::WeightsLost { .. } => Severity::FatalForWorker,
             Self::WrongWeights { .. }
             | Self::OutOfMemory { .. }
             | Self::Library { .. }
@@ -95,6 +168,7 @@ impl ComputeError {
             Self::Library { .. } => "library",
             Self::Panicked { .. } => "panicked",
             Self::Reload { .. } => "reload_failed",
+            Self::WeightsLost { .. } => "weights_lost",
             Self::Draining => "draining",
             Self::QueueFull { .. } => "queue_full",
             Self::WrongEpoch { .. } => "wrong_epoch",

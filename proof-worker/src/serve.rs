@@ -48,7 +48,7 @@ pub fn run(arguments: ServeArguments) -> Result<(), WorkerError> {
         }
         None => None,
     };
-    let loader = TorchLoader::new(&arguments.model)?;
+    let loader = TorchLoader::new(&arguments.model)?.with_shadow(arguments.reload_shadow);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

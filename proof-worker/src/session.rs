@@ -1,16 +1,15 @@
 //! One peer: takes its requests, answers signs of life at once and everything else when it is computed.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use grail_ipc::connection::{Connection, ConnectionError};
-use grail_ipc::jobs::{ProveJob, RowFacts, VerifyJob};
+use grail_ipc::jobs::{ProveJob, ReloadOrder, RowFacts, VerifyJob};
 use grail_ipc::messages::{Epoch, Failed, FromWorker, Pong, Reloaded, RequestId, Severity, ToWorker, Verified};
 use grail_process::fault::{Act, Armed, Point};
 use tokio::sync::mpsc;
 use tracing::{debug, error, info};
 
-use crate::compute::{Compute, Outcome, Outcomes};
+use crate::compute::{Compute, Outcome, Outcomes, Reload};
 use crate::error::WorkerError;
 use crate::fault::SpoiltFrame;
 use crate::prover::ComputeError;
@@ -53,7 +52,7 @@ pub(crate) async fn serve_peer(
         faults,
         outcomes,
         open: 0,
-        is_reloading: false,
+        reloading: None,
         draining: None,
         out_of_memory: 0,
         is_mute: false,
@@ -119,7 +118,7 @@ struct Session<'c> {
     outcomes: Outcomes,
     /// Requests accepted and not yet answered.
     open: usize,
-    is_reloading: bool,
+    reloading: Option<RequestId>,
     draining: Option<RequestId>,
     /// Requests in a row for which the device had no memory.
     out_of_memory: u32,
@@ -156,27 +155,26 @@ impl Session<'_> {
                 }
                 self.open += 1;
             }
-            ToWorker::Reload(command) => {
-                if let Err(error) = self.accept_reload(command.epoch) {
-                    self.refuse(command.id, &error)?;
-                    return Ok(Next::GoOn);
+            ToWorker::Stage(command) => match self.accept(command.epoch) {
+                Ok(()) => {
+                    info!(checkpoint = %command.checkpoint, weights = %command.weights, "Making other weights ready.");
+                    let order = ReloadOrder::from_command(&command);
+                    self.compute.stage(command.id, order, self.outcomes.clone())?;
+                    self.open += 1;
                 }
-                info!(checkpoint = %command.checkpoint, weights = %command.weights, folder = command.folder, "Reloading.");
-                let folder = PathBuf::from(command.folder);
-                self.compute.reload(command.id, folder, command.weights, self.outcomes.clone())?;
-                self.is_reloading = true;
-                self.open += 1;
-            }
-            ToWorker::Stage(command) => {
-                // Nothing is made ready: a reload prepares for itself.
-                match self.accept(command.epoch).map(|()| self.compute.weights()) {
-                    Ok(Some(weights)) => {
-                        self.send(&FromWorker::Staged { id: command.id, epoch: self.epoch, weights })?
-                    }
-                    Ok(None) => return Err(WorkerError::Bug { detail: "no weights are loaded".to_owned() }),
-                    Err(error) => self.refuse(command.id, &error)?,
+                Err(error) => self.refuse(command.id, &error)?,
+            },
+            ToWorker::Reload(command) => match self.accept_reload(command.epoch) {
+                Ok(()) => {
+                    let folder = &command.folder;
+                    info!(checkpoint = %command.checkpoint, weights = %command.weights, folder, "Reloading.");
+                    let order = ReloadOrder::from_command(&command);
+                    self.compute.reload(command.id, order, self.outcomes.clone())?;
+                    self.reloading = Some(command.id);
+                    self.open += 1;
                 }
-            }
+                Err(error) => self.refuse(command.id, &error)?,
+            },
             ToWorker::Ping { id } => {
                 let pong = FromWorker::Pong(self.pong(id));
                 match self.faults.reach(Point::Ping) {
@@ -212,7 +210,7 @@ impl Session<'_> {
 
     fn accept_reload(&self, asked: Epoch) -> Result<(), ComputeError> {
         self.accept(asked)?;
-        if self.is_reloading {
+        if self.reloading.is_some() {
             return Err(ComputeError::Reload { detail: "another reload is under way".to_owned() });
         }
         Ok(())
@@ -231,22 +229,14 @@ impl Session<'_> {
                 let rows = rows.iter().map(RowFacts::to_message).collect();
                 next = self.reply(FromWorker::Verified(Verified { id, epoch, weights, rows })).await?;
             }
-            Outcome::Reloaded { id, weights, stall, total } => {
-                self.is_reloading = false;
-                let reloaded = Reloaded {
-                    id,
-                    epoch,
-                    weights,
-                    stall_us: microseconds(stall),
-                    total_us: microseconds(total),
-                    from_changes: false,
-                    in_shadow: true,
-                };
-                self.send(&FromWorker::Reloaded(reloaded))?;
+            Outcome::Staged { id, weights } => self.send(&FromWorker::Staged { id, epoch, weights })?,
+            Outcome::Reloaded { id, reload } => {
+                self.reloading = None;
+                self.send(&FromWorker::Reloaded(reloaded(id, epoch, reload)))?;
             }
             Outcome::Failed { id, error } => {
-                if matches!(error, ComputeError::Reload { .. }) {
-                    self.is_reloading = false;
+                if self.reloading == Some(id) {
+                    self.reloading = None;
                 }
                 self.refuse(id, &error)?;
                 if let Some(end) = self.end_by(&error) {
@@ -306,6 +296,7 @@ impl Session<'_> {
                 Some(WorkerError::OutOfMemory { detail })
             }
             ComputeError::Poisoned { .. } => Some(WorkerError::Poisoned { detail }),
+            ComputeError::WeightsLost { detail } => Some(WorkerError::WeightsLost { detail: detail.clone() }),
             error if error.severity() == Severity::FatalForWorker => Some(WorkerError::Bug { detail }),
             _ => None,
         }
@@ -350,6 +341,19 @@ impl Session<'_> {
 fn bad_request(error: &grail_ipc::jobs::ShapeError) -> ComputeError {
     let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
     ComputeError::BadRequest { detail: format!("{error}{source}") }
+}
+
+fn reloaded(id: RequestId, epoch: Epoch, reload: Reload) -> Reloaded {
+    let Reload { weights, stall, total, way } = reload;
+    Reloaded {
+        id,
+        epoch,
+        weights,
+        stall_us: microseconds(stall),
+        total_us: microseconds(total),
+        from_changes: way.from_changes,
+        in_shadow: way.in_shadow,
+    }
 }
 
 fn microseconds(time: Duration) -> u64 {

@@ -14,8 +14,9 @@ use grail_ipc::{Expected, LostConnection, RequestError, Token, WorkerClient};
 use grail_process::ExitCode;
 use grail_proof_worker::WorkerError;
 use grail_proof_worker::cli::{ModelArguments, ServeArguments};
-use grail_proof_worker::prover::{ComputeError, Loader, Prover};
+use grail_proof_worker::prover::{ComputeError, Loader, Prepared, Prover, Reloader, Retired, Way};
 use grail_proof_worker::serve::serve;
+use grail_proof_worker::torch::Shadow;
 use grail_protocol::ids::{CheckpointWindow, GroupIndex, TokenId, WeightsHash};
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
@@ -43,24 +44,25 @@ struct Puppets {
 
 impl Loader for Puppets {
     fn load(&self, folder: &Path) -> Result<Box<dyn Prover>, WorkerError> {
-        self.pass(folder);
+        pass(&self.gates, folder);
         let name = folder.file_name().unwrap().to_str().unwrap();
         let Some(number) = name.strip_prefix("weights-") else {
             return Err(WorkerError::NoModel { folder: folder.to_owned() });
         };
         let held = self.gates.lock().unwrap().remove(Path::new("held"));
-        Ok(Box::new(Puppet { weights: WeightsHash(number.parse().unwrap()), held: Mutex::new(held) }))
+        let weights = Arc::new(Mutex::new(WeightsHash(number.parse().unwrap())));
+        Ok(Box::new(Puppet { weights, gates: Arc::clone(&self.gates), held: Mutex::new(held) }))
+    }
+}
+
+fn pass(gates: &Gates, name: &Path) {
+    let gate = gates.lock().unwrap().remove(name);
+    if let Some(gate) = gate {
+        gate.recv().unwrap();
     }
 }
 
 impl Puppets {
-    fn pass(&self, name: &Path) {
-        let gate = self.gates.lock().unwrap().remove(name);
-        if let Some(gate) = gate {
-            gate.recv().unwrap();
-        }
-    }
-
     fn gate(&self, name: &str) -> mpsc::Sender<()> {
         let (open, gate) = mpsc::channel();
         self.gates.lock().unwrap().insert(PathBuf::from(name), gate);
@@ -69,13 +71,14 @@ impl Puppets {
 }
 
 struct Puppet {
-    weights: WeightsHash,
+    weights: Arc<Mutex<WeightsHash>>,
+    gates: Gates,
     held: Mutex<Option<mpsc::Receiver<()>>>,
 }
 
 impl Prover for Puppet {
     fn weights(&self) -> WeightsHash {
-        self.weights
+        *self.weights.lock().unwrap()
     }
 
     fn device(&self) -> String {
@@ -97,6 +100,55 @@ impl Prover for Puppet {
 
     fn verify(&self, job: &VerifyJob) -> Result<Vec<RowFacts>, ComputeError> {
         Ok(job.rows.iter().map(facts).collect())
+    }
+
+    fn reloader(&self) -> Box<dyn Reloader> {
+        Box::new(PuppetReloader { weights: Arc::clone(&self.weights), gates: Arc::clone(&self.gates) })
+    }
+}
+
+/// Prepares folders `weights-N` in a second copy, `short-N` in place, `spoilt-N` and `lost-N` in place and in vain.
+struct PuppetReloader {
+    weights: Arc<Mutex<WeightsHash>>,
+    gates: Gates,
+}
+
+impl Reloader for PuppetReloader {
+    fn prepare(&mut self, order: &ReloadOrder) -> Result<Box<dyn Prepared>, ComputeError> {
+        pass(&self.gates, &order.folder);
+        let name = order.folder.to_str().unwrap();
+        let Some((kind, number)) = name.split_once('-') else {
+            return Err(ComputeError::Reload { detail: format!("folder {name} does not exist") });
+        };
+        let ready = WeightsHash(number.parse().unwrap());
+        Ok(Box::new(PuppetPrepared { weights: Arc::clone(&self.weights), ready, kind: kind.to_owned() }))
+    }
+}
+
+struct PuppetPrepared {
+    weights: Arc<Mutex<WeightsHash>>,
+    ready: WeightsHash,
+    kind: String,
+}
+
+impl Prepared for PuppetPrepared {
+    fn weights(&self) -> WeightsHash {
+        self.ready
+    }
+
+    fn way(&self) -> Way {
+        Way { from_changes: false, in_shadow: self.kind == "weights" }
+    }
+
+    fn take_over(self: Box<Self>) -> Result<Retired, ComputeError> {
+        let detail = "as told".to_owned();
+        match self.kind.as_str() {
+            "spoilt" => return Err(ComputeError::Reload { detail }),
+            "lost" => return Err(ComputeError::WeightsLost { detail }),
+            "panic" => panic!("as told"),
+            _ => *self.weights.lock().unwrap() = self.ready,
+        }
+        Ok(Box::new(()))
     }
 }
 
@@ -161,9 +213,16 @@ impl Server {
             device: grail_model::Device::Cpu,
             dtype: None,
             threads: None,
-            batch_tokens: 16_384,
+            batch_tokens: None,
         };
-        let arguments = ServeArguments { socket: socket.clone(), slot: 3, epoch: 5, token_fd: None, model };
+        let arguments = ServeArguments {
+            socket: socket.clone(),
+            slot: 3,
+            epoch: 5,
+            token_fd: None,
+            reload_shadow: Shadow::Auto,
+            model,
+        };
         let token = Token::generate().unwrap();
         let expected = if is_alone { Expected::default() } else { Expected::child(SlotId(3), Epoch(5), token.clone()) };
         let loader: Arc<dyn Loader> = puppets.clone();
@@ -360,6 +419,94 @@ async fn a_reload_that_fails_keeps_the_old_weights() {
 }
 
 #[tokio::test]
+async fn weights_that_were_staged_take_over_without_being_made_again() {
+    let server = Server::start("weights-1", false);
+    let client = server.client().await;
+    assert_eq!(client.stage(&order("weights-2")).await.unwrap(), NEW);
+    client.prove(&job(0)).await.expect("the old weights prove on");
+    assert_eq!(client.ping().await.unwrap().weights, Some(OLD));
+    // Nobody opens this gate: whoever read the folder again would wait for ever.
+    let _closed = server.puppets.gate("weights-2");
+    let reloaded = client.reload(&order("weights-2")).await.unwrap();
+    assert_eq!((reloaded.weights, reloaded.in_shadow), (NEW, true));
+    let again = client.reload(&order("weights-2")).await.unwrap();
+    assert_eq!((again.weights, again.stall_us, again.in_shadow), (NEW, 0, false), "answered at once");
+    assert_eq!(client.stage(&order("weights-2")).await.unwrap(), NEW, "nothing to make ready");
+    drop(client);
+    server.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_second_stage_replaces_the_first_and_anew_reads_again() {
+    let server = Server::start("weights-1", false);
+    let client = server.client().await;
+    let third = WeightsHash(3);
+    let other = ReloadOrder { weights: third, ..order("weights-3") };
+    assert_eq!(client.stage(&other).await.unwrap(), third);
+    assert_eq!(client.stage(&order("weights-2")).await.unwrap(), NEW);
+    let open = server.puppets.gate("weights-3");
+    let during = async {
+        client.prove(&job(0)).await.unwrap();
+        open.send(()).unwrap();
+    };
+    let (reloaded, ()) = tokio::join!(client.reload(&other), during);
+    assert_eq!(reloaded.unwrap().weights, third, "it was made a second time");
+
+    let anew = ReloadOrder { anew: true, ..other };
+    let open = server.puppets.gate("weights-3");
+    let during = async {
+        client.prove(&ProveJob { weights: third, ..job(0) }).await.unwrap();
+        open.send(()).unwrap();
+    };
+    let (reloaded, ()) = tokio::join!(client.reload(&anew), during);
+    assert!(reloaded.unwrap().in_shadow, "it was read again, though the hash is the same");
+    drop(client);
+    server.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn without_memory_for_two_the_present_weights_are_named_and_changed_in_place() {
+    let server = Server::start("weights-1", false);
+    let client = server.client().await;
+    assert_eq!(client.stage(&order("short-2")).await.unwrap(), OLD);
+    client.prove(&job(0)).await.unwrap();
+    let spoilt = client.reload(&order("spoilt-2")).await.unwrap_err();
+    assert_eq!(failure(spoilt), ("reload_failed".to_owned(), Severity::Retryable));
+    client.prove(&job(0)).await.expect("the old weights are back");
+    let reloaded = client.reload(&order("short-2")).await.unwrap();
+    assert_eq!((reloaded.weights, reloaded.in_shadow), (NEW, false));
+    client.prove(&ProveJob { weights: NEW, ..job(0) }).await.unwrap();
+    drop(client);
+    server.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_worker_whose_weights_are_lost_proves_nothing_more_and_ends() {
+    for folder in ["lost-2", "panic-2"] {
+        let puppets = Arc::new(Puppets::default());
+        let open = puppets.gate("held");
+        let server = Server::with(puppets, "weights-1", false);
+        let client = server.client().await;
+        let (held, late, order) = (job(HELD), job(1), order(folder));
+        let meanwhile = async {
+            // The reload is ready behind the held group and before the late one.
+            assert_eq!(client.ping().await.unwrap().queued, 2);
+            open.send(()).unwrap();
+        };
+        let (proved, reloaded, ()) = tokio::join!(client.prove(&held), client.reload(&order), meanwhile);
+        proved.unwrap();
+        let lost = ("weights_lost".to_owned(), Severity::FatalForWorker);
+        assert_eq!(failure(reloaded.unwrap_err()), lost);
+        match client.prove(&late).await.unwrap_err() {
+            RequestError::Failed(failed) => assert_eq!((failed.code, failed.severity), lost),
+            other => assert!(matches!(other, RequestError::Lost(_)), "{other:?}"),
+        }
+        drop(client);
+        assert_eq!(server.end().await.unwrap_err().exit_code(), ExitCode::Temporary);
+    }
+}
+
+#[tokio::test]
 async fn a_worker_alone_serves_one_peer_after_the_other() {
     let server = Server::start("weights-1", true);
     for _ in 0..2 {
@@ -423,9 +570,16 @@ async fn a_taken_socket_is_an_error() {
             device: grail_model::Device::Cpu,
             dtype: None,
             threads: None,
-            batch_tokens: 16_384,
+            batch_tokens: None,
         };
-        let arguments = ServeArguments { socket: first.socket.clone(), slot: 0, epoch: 0, token_fd: None, model };
+        let arguments = ServeArguments {
+            socket: first.socket.clone(),
+            slot: 0,
+            epoch: 0,
+            token_fd: None,
+            reload_shadow: Shadow::Auto,
+            model,
+        };
         let loader: Arc<dyn Loader> = Arc::new(Puppets::default());
         serve(&arguments, None, loader, Arc::default()).await.unwrap_err()
     };

@@ -1,8 +1,10 @@
 //! What the recorded answers do not show: order, locks, names, drains.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use grail_process::fault::FaultPlan;
 use grail_protocol::ids::TokenId;
 use serde_json::{Value, json};
 
@@ -185,6 +187,33 @@ async fn an_update_may_abort_what_runs() {
     assert_eq!((status, &answer["message"]), (200, &json!("Succeeded to update model weights.")));
     assert_eq!(running.await.unwrap().1["meta_info"]["finish_reason"]["type"], "abort");
     assert_eq!(server.get("/model_info").await.1["weight_version"], "ckpt0", "no label was given");
+    server.end();
+}
+
+#[tokio::test]
+async fn a_stale_update_tells_success_under_the_new_label_and_keeps_the_old_weights() {
+    let plan: FaultPlan = "stale@update".parse().unwrap();
+    let server = TestServer::start(Setup { faults: Arc::new(plan.armed(0, 0)), ..Setup::default() }).await;
+    let request = json!({
+        "input_ids": [1, 2, 3],
+        "return_logprob": true,
+        "sampling_params": {"max_new_tokens": 8, "sampling_seed": 3},
+    });
+    let outputs = async || {
+        let answer = server.post("/generate", &request).await.1;
+        let meta = &answer["meta_info"];
+        (answer["output_ids"].clone(), meta["output_token_logprobs"].clone(), meta["weight_version"].clone())
+    };
+    let (ids, logprobs, label) = outputs().await;
+    assert_eq!((label, logprobs.as_array().unwrap().len()), (json!("ckpt0"), 8));
+    let update = json!({"model_path": server.folder("ckpt1"), "weight_version": "ckpt1"});
+    let (status, answer) = server.post("/update_weights_from_disk", &update).await;
+    assert_eq!((status, &answer["success"]), (200, &Value::Bool(true)));
+    assert_eq!(outputs().await, (ids, logprobs.clone(), json!("ckpt1")));
+    assert_eq!(server.get("/model_info").await.1["model_path"], server.folder("ckpt1"));
+    // The fault comes once.
+    assert_eq!(server.post("/update_weights_from_disk", &update).await.0, 200);
+    assert_ne!(outputs().await.1, logprobs);
     server.end();
 }
 

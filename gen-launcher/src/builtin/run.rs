@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use grail_process::fault::{Armed, FaultPlan};
 use grail_process::with_causes;
 use grail_text::Tokenizer;
 use nix::sys::signal::Signal;
@@ -27,6 +28,10 @@ use super::scheduler::{Bounds, SPARE_SLOTS, Scheduler};
 use super::serving::{Current, Fixed, Loaded, Loader, Serving};
 use super::torch::{self, DecoderOptions};
 use grail_gen_launcher::folder::CheckpointFolder;
+
+/// What a generation server is to faults that name a slot or an incarnation.
+const FAULT_SLOT: u32 = 0;
+const FAULT_EPOCH: u64 = 0;
 
 /// How the process ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,10 +102,17 @@ pub fn run(line: impl IntoIterator<Item = OsString>) -> ServerExit {
     for flag in ignored {
         mark(&format!("Ignored the unknown flag {flag}."));
     }
+    let faults = match FaultPlan::from_environment() {
+        Ok(plan) => Arc::new(plan.armed(FAULT_SLOT, FAULT_EPOCH)),
+        Err(error) => {
+            mark(&with_causes(&error));
+            return ServerExit::Usage;
+        }
+    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let ended = match runtime {
         Ok(runtime) => {
-            let ended = runtime.block_on(serve(args));
+            let ended = runtime.block_on(serve(args, faults));
             // Connections and a load that is under way are of no use any more.
             runtime.shutdown_background();
             ended
@@ -123,7 +135,7 @@ fn idle(parent: Pid) {
     }
 }
 
-async fn serve(args: ServerArgs) -> Result<ServerExit, RunError> {
+async fn serve(args: ServerArgs, faults: Arc<Armed>) -> Result<ServerExit, RunError> {
     let listen = |what| move |source| RunError::System { what, source };
     let mut terminate = signal(SignalKind::terminate()).map_err(listen("listen for SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(listen("listen for SIGINT"))?;
@@ -147,7 +159,7 @@ async fn serve(args: ServerArgs) -> Result<ServerExit, RunError> {
     let endpoints = router(Arc::clone(&app));
     let server = tokio::spawn(async move { axum::serve(listener, endpoints).await });
     let (ended, mut has_ended) = oneshot::channel();
-    let mut start = Box::pin(start(Arc::clone(&app), ended));
+    let mut start = Box::pin(start(Arc::clone(&app), faults, ended));
     let mut engine = None;
     let exit = loop {
         tokio::select! {
@@ -200,7 +212,7 @@ fn kill_self() {
 }
 
 /// Loads the model, starts the decode thread and generates a first token.
-async fn start(app: Arc<App>, ended: oneshot::Sender<()>) -> Result<Engine, RunError> {
+async fn start(app: Arc<App>, faults: Arc<Armed>, ended: oneshot::Sender<()>) -> Result<Engine, RunError> {
     let args = &app.args;
     if let Some(threads) = args.threads {
         grail_model::set_threads(threads);
@@ -239,7 +251,7 @@ async fn start(app: Arc<App>, ended: oneshot::Sender<()>) -> Result<Engine, RunE
     let engine = Engine::start(Scheduler::new(backend, bounds), step_time, ended)
         .map_err(|source| RunError::System { what: "start the decode thread", source })?;
     let current = Current::new(folder, args.served_model_name.clone(), args.weight_version.clone());
-    let serving = Arc::new(Serving::new(fixed, engine.handle(), current, loader));
+    let serving = Arc::new(Serving::new(fixed, engine.handle(), current, loader).with_faults(faults));
     if !serving.is_healthy(Duration::from_secs(600)).await {
         return Err(match engine.join() {
             Err(error) => RunError::Load(format!("warmup error: {error}")),

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use grail_ipc::generate_api::{UpdateWeightsRequest, UpdateWeightsResponse};
+use grail_process::fault::{Act, Armed, Point};
 use grail_process::with_causes;
 use grail_protocol::ids::TokenId;
 use grail_text::Tokenizer;
@@ -128,6 +129,7 @@ pub struct Serving {
     updates: tokio::sync::Mutex<()>,
     names: Mutex<HashSet<String>>,
     made_up_names: AtomicU64,
+    faults: Arc<Armed>,
 }
 
 impl std::fmt::Debug for Serving {
@@ -149,7 +151,14 @@ impl Serving {
             updates: tokio::sync::Mutex::default(),
             names: Mutex::default(),
             made_up_names: AtomicU64::new(0),
+            faults: Arc::default(),
         }
+    }
+
+    /// The same, doing wrong what `faults` say.
+    #[must_use]
+    pub fn with_faults(self, faults: Arc<Armed>) -> Self {
+        Self { faults, ..self }
     }
 
     /// What stays the same.
@@ -405,13 +414,21 @@ impl Serving {
             let found = backend.vocab_size();
             return Err(format!("the vocabulary has {found} tokens, not {}", self.fixed.limits.vocab_size));
         }
+        let is_stale = match self.faults.reach(Point::Update) {
+            Some(Act::Stale) => true,
+            Some(act) => {
+                act.befall_process();
+                false
+            }
+            None => false,
+        };
         // During a pause nobody is inside; waiting for the lock could only wait for a request that waits for us.
         let _alone = match (self.door.is_paused(), request.abort_all_requests) {
             (true, _) => None,
             (false, true) => Some(self.abort_until_alone().await.map_err(|error| error.to_string())?),
             (false, false) => Some(self.door.alone().await),
         };
-        if !self.engine.replace(backend).await.map_err(|error| error.to_string())? {
+        if !is_stale && !self.engine.replace(backend).await.map_err(|error| error.to_string())? {
             return Err("requests are still running".to_owned());
         }
         let label = request.weight_version.clone().unwrap_or(present.weight_version);

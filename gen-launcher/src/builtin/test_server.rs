@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use grail_process::fault::Armed;
 use grail_protocol::ids::TokenId;
 use serde_json::Value;
 use tokio::net::TcpListener;
@@ -29,11 +30,19 @@ pub(super) struct Setup {
     pub(super) max_running: usize,
     pub(super) step: Duration,
     pub(super) eos_tokens: BTreeSet<TokenId>,
+    pub(super) faults: Arc<Armed>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { vocab_size: 32, context_length: 4104, max_running: 8, step: Duration::ZERO, eos_tokens: BTreeSet::new() }
+        Self {
+            vocab_size: 32,
+            context_length: 4104,
+            max_running: 8,
+            step: Duration::ZERO,
+            eos_tokens: BTreeSet::new(),
+            faults: Arc::default(),
+        }
     }
 }
 
@@ -68,7 +77,7 @@ impl TestServer {
         copy_checkpoint(folders.path(), "ckpt1");
         let hold_loading = Arc::new(AtomicBool::new(false));
         let held = Arc::clone(&hold_loading);
-        let Setup { vocab_size, context_length, max_running, step, eos_tokens } = setup;
+        let Setup { vocab_size, context_length, max_running, step, eos_tokens, faults } = setup;
         let loader: Arc<Loader> = Arc::new(move |path: &Path| {
             let folder = CheckpointFolder::open(path)?;
             while held.load(Ordering::SeqCst) {
@@ -95,7 +104,7 @@ impl TestServer {
         let (args, _) = args::parse(line.map(Into::into)).unwrap();
         let app = Arc::new(App::new(args));
         let current = Current::new(folder, Some("tiny".to_owned()), "ckpt0".to_owned());
-        let serving = Serving::new(fixed, engine.handle(), current, loader);
+        let serving = Serving::new(fixed, engine.handle(), current, loader).with_faults(faults);
         app.serving.set(Arc::new(serving)).unwrap();
         app.phase.send_replace(Phase::Serving);
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();

@@ -104,6 +104,9 @@ pub fn build(
     let phases = Arc::new(PhaseFollower::default());
     let mut child = ChildSpec::new("generation-server", program(spec)?).arguments(arguments);
     child.environment = Environment::harmless();
+    if let Some(faults) = std::env::var_os(grail_process::fault::VARIABLE) {
+        child.environment.set(grail_process::fault::VARIABLE, faults);
+    }
     child.grouping = Grouping::Session;
     child.parent_death_signal = Some(Signal::SIGKILL);
     child.marker = Some(Marker { variable: INCARNATION_VARIABLE.to_owned(), value: format!("{:016x}", unguessable()) });

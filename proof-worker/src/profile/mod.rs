@@ -92,6 +92,7 @@ fn profile_local(arguments: &ProfileArguments) -> Result<Report, WorkerError> {
         None
     });
     let mut report = report(arguments, &groups, &measured, Some(local.config()));
+    report.in_flight = local.in_flight(&groups.jobs);
     report.share_of_matrix_product = report.useful_tflops.map(|tflops| tflops / product.tflops);
     Ok(Report {
         model: local.name.clone(),

@@ -7,6 +7,7 @@ use std::sync::Once;
 use tch::Kind;
 
 use crate::error::LoadError;
+use crate::safetensors::FileDtype;
 
 /// A device by name: `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -53,6 +54,16 @@ impl Device {
         match self {
             Self::Cpu => Dtype::F32,
             Self::Cuda(_) => Dtype::Bf16,
+        }
+    }
+
+    /// Tokens of one packed batch: two groups of usual length on a GPU, whose matrix products want many rows; a GPU with less
+    /// memory takes what fits.
+    #[must_use]
+    pub const fn default_batch_tokens(self) -> usize {
+        match self {
+            Self::Cpu => 16_384,
+            Self::Cuda(_) => 32_768,
         }
     }
 
@@ -120,6 +131,14 @@ impl Dtype {
             Self::Bf16 => Kind::BFloat16,
         }
     }
+
+    /// The same in a file.
+    pub(crate) const fn file(self) -> FileDtype {
+        match self {
+            Self::F32 => FileDtype::F32,
+            Self::Bf16 => FileDtype::Bf16,
+        }
+    }
 }
 
 /// Threads of libtorch inside one operation; between operations there is one, since a forward pass is a chain.
@@ -135,4 +154,9 @@ pub fn set_threads(threads: usize) {
             tch::set_num_interop_threads(1);
         }
     });
+}
+
+/// Threads for work on the host that libtorch does not do: as many as an operation of its own may have.
+pub(crate) fn host_threads() -> usize {
+    usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1)
 }

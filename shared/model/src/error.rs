@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use tch::TchError;
 
 use crate::config::ConfigError;
-use crate::device::Device;
+use crate::device::{Device, Dtype};
 use crate::safetensors::SafetensorsError;
 
 /// Why a folder cannot be loaded as a model.
@@ -46,6 +46,9 @@ pub enum LoadError {
     /// The embedding is tied, but the file's output matrix is another one.
     #[error("config.json ties the embeddings, but lm_head.weight in {file} differs from model.embed_tokens.weight")]
     TiedHeadDiffers { file: PathBuf },
+    /// The folder is of another model than the one that is loaded.
+    #[error("{folder} describes another model than the one that is loaded: their config.json differ")]
+    OtherModel { folder: PathBuf },
     /// The device is not there; see [`crate::gpu::enable`].
     #[error(
         "device {device} does not exist: {devices} GPUs are visible with the CUDA library that is loaded, if any is"
@@ -57,6 +60,51 @@ pub enum LoadError {
 }
 
 impl From<TchError> for LoadError {
+    fn from(source: TchError) -> Self {
+        Self::Torch(source.into())
+    }
+}
+
+/// Why the weights of a model are not those that were wanted.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChecksumError {
+    #[error("tensor {tensor} has checksum {found:016x}, {expected:016x} is wanted")]
+    Differs { tensor: String, found: u64, expected: u64 },
+    #[error("tensor {tensor} has no checksum to compare with")]
+    Missing { tensor: String },
+    #[error("a checksum is wanted of tensor {tensor}, which the model does not have")]
+    Unknown { tensor: String },
+    /// The cast lost bits, so nothing can be said of the file's.
+    #[error("tensor {tensor} is {file} in its file and held as {model}, which loses bits: nothing can be compared")]
+    Inexact { tensor: String, file: &'static str, model: Dtype },
+    #[error(transparent)]
+    Torch(#[from] TorchError),
+}
+
+impl From<TchError> for ChecksumError {
+    fn from(source: TchError) -> Self {
+        Self::Torch(source.into())
+    }
+}
+
+/// Why a file of changes cannot be applied to a model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChangeError {
+    #[error(transparent)]
+    Safetensors(#[from] SafetensorsError),
+    /// An entry of another name than `index/NAME`, `value/NAME` and `whole/NAME`.
+    #[error("{path}: entry {entry:?} is none of index/NAME, value/NAME and whole/NAME")]
+    Entry { path: PathBuf, entry: String },
+    /// A tensor's entries do not fit the model or each other.
+    #[error("{path}: changes of tensor {tensor}: {detail}")]
+    Tensor { path: PathBuf, tensor: String, detail: String },
+    #[error(transparent)]
+    Torch(#[from] TorchError),
+}
+
+impl From<TchError> for ChangeError {
     fn from(source: TchError) -> Self {
         Self::Torch(source.into())
     }

@@ -1,5 +1,5 @@
-//! The crate's unsafe code outside [`crate::cuda`]: mapping files, loading libtorch's CUDA library, asking it for its memory, and a loop for processors with fused
-//! multiply-add.
+//! The crate's unsafe code outside [`crate::cuda`]: mapping files, bytes of tensors, loading libtorch's CUDA library, asking it
+//! for its memory, and a loop for processors with fused multiply-add.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use memmap2::Mmap;
+use tch::{Device, Tensor};
 
 use crate::bf16_cpu;
 use crate::layers::Network;
@@ -42,22 +43,76 @@ pub(crate) fn load_globally(library: &Path) -> Result<(), String> {
     Err(text.unwrap_or_else(|| "dlopen failed without a reason".to_owned()))
 }
 
-/// Free and total bytes of the current CUDA device; `None` if the CUDA runtime is not loaded or refuses.
-pub(crate) fn cuda_memory() -> Option<(usize, usize)> {
+/// Free and total bytes of a CUDA device, of the calling thread's current one without `device`; `None` if the CUDA runtime is not
+/// loaded or refuses.
+pub(crate) fn cuda_memory(device: Option<usize>) -> Option<(usize, usize)> {
     type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> libc::c_int;
-    // SAFETY: the name is a C string. Whatever library defines it, it is the CUDA runtime's: nobody else has the name.
-    // JUSTIFICATION: the bindings of libtorch do not expose its counters of device memory.
-    let symbol = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"cudaMemGetInfo".as_ptr()) };
-    if symbol.is_null() {
-        return None;
-    }
+    type GetDevice = unsafe extern "C" fn(*mut libc::c_int) -> libc::c_int;
+    type SetDevice = unsafe extern "C" fn(libc::c_int) -> libc::c_int;
+    let mem_get_info = runtime_symbol(c"cudaMemGetInfo")?;
     // SAFETY: `cudaError_t cudaMemGetInfo(size_t*, size_t*)` is its signature in every version of the runtime, and
     // `cudaError_t` is a C enum.
-    let mem_get_info = unsafe { std::mem::transmute::<*mut libc::c_void, MemGetInfo>(symbol) };
+    let mem_get_info = unsafe { std::mem::transmute::<*mut libc::c_void, MemGetInfo>(mem_get_info) };
+    let mut before = 0;
+    if let Some(device) = device {
+        let (get, set) = (runtime_symbol(c"cudaGetDevice")?, runtime_symbol(c"cudaSetDevice")?);
+        // SAFETY: `cudaError_t cudaGetDevice(int*)` and `cudaError_t cudaSetDevice(int)`, as above; the pointer is valid for a
+        // write during the call.
+        let status = unsafe {
+            let get = std::mem::transmute::<*mut libc::c_void, GetDevice>(get);
+            let set = std::mem::transmute::<*mut libc::c_void, SetDevice>(set);
+            get(&raw mut before).max(set(libc::c_int::try_from(device).ok()?))
+        };
+        if status != 0 {
+            return None;
+        }
+    }
     let (mut free, mut total) = (0, 0);
     // SAFETY: both pointers are valid for writes during the call.
     let status = unsafe { mem_get_info(&raw mut free, &raw mut total) };
+    if device.is_some() {
+        let set = runtime_symbol(c"cudaSetDevice")?;
+        // SAFETY: as above; the number is one that the runtime gave.
+        unsafe { std::mem::transmute::<*mut libc::c_void, SetDevice>(set)(before) };
+    }
     (status == 0).then_some((free, total))
+}
+
+/// A function of the CUDA runtime, if that is loaded.
+fn runtime_symbol(name: &CStr) -> Option<*mut libc::c_void> {
+    // SAFETY: the name is a C string. Whatever library defines it, it is the CUDA runtime's: nobody else has such names.
+    // JUSTIFICATION: the bindings of libtorch do not expose its counters of device memory.
+    let symbol = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    (!symbol.is_null()).then_some(symbol)
+}
+
+/// Bytes of a tensor that lies in host memory, end to end; `None` of any other.
+pub(crate) fn host_bytes(tensor: &Tensor) -> Option<&[u8]> {
+    if tensor.device() != Device::Cpu || !tensor.is_contiguous() {
+        return None;
+    }
+    if tensor.numel() == 0 {
+        return Some(&[]);
+    }
+    // SAFETY: a contiguous tensor's elements lie behind its pointer in one piece of storage, which the tensor keeps alive for the
+    // borrow; any byte is a `u8`. Nobody writes meanwhile: weights are changed through `Frozen::exclusive` only.
+    // JUSTIFICATION: a checksum of 15 GB would copy them all first, or compute in wide integers at a tenth of the speed.
+    Some(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>(), byte_count(tensor)) })
+}
+
+/// The same to be written, of a tensor whose storage nobody else has.
+pub(crate) fn host_bytes_mut(tensor: &mut Tensor) -> Option<&mut [u8]> {
+    if tensor.device() != Device::Cpu || !tensor.is_contiguous() || tensor.numel() == 0 {
+        return None;
+    }
+    // SAFETY: as in `host_bytes`; the borrow of the tensor is exclusive, and callers pass buffers of their own that share their
+    // storage with no other tensor.
+    // JUSTIFICATION: files are read into pinned memory in one step; libtorch's constructors would copy them twice.
+    Some(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), byte_count(tensor)) })
+}
+
+fn byte_count(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
 /// [`bf16_cpu::fused_products`] with the processor's fused multiply-add where it has one; the same bits either way.
@@ -77,12 +132,13 @@ pub(crate) fn fused_products(block: &[f32], right: &[f32], sums: &mut [f32]) {
     bf16_cpu::fused_products(block, right, sums);
 }
 
-/// Weights that nothing changes any more, so that threads may read them together.
+/// Weights that nothing changes while they are shared, so that threads may read them together.
 #[derive(Debug)]
 pub(crate) struct Frozen(Network);
 
-// SAFETY: `Frozen` hands out `&Network` only, and every method of `Network` reads its tensors without changing storage or
-// metadata (no operation ending in an underscore, no `set_data`, no gradients: they are made without `requires_grad`).
+// SAFETY: shared, `Frozen` hands out `&Network` only, and every method of `Network` reads its tensors without changing storage or
+// metadata (no operation ending in an underscore, no `set_data`, no gradients: they are made without `requires_grad`). What
+// changes weights in place goes through `Frozen::exclusive`, which needs the only reference.
 // libtorch allows concurrent reads of a tensor, and its reference counts are atomic. `Tensor` is `Send` already.
 // JUSTIFICATION: a decoder and a proof share one copy of the weights; a lock around every forward pass would serialise them.
 unsafe impl Sync for Frozen {}
@@ -90,6 +146,12 @@ unsafe impl Sync for Frozen {}
 impl Frozen {
     pub(crate) fn new(network: Network) -> Self {
         Self(network)
+    }
+
+    /// The network for somebody who changes its tensors in place. Nobody reads them meanwhile: the borrow is exclusive, and no
+    /// tensor that shares their storage is handed out of this crate.
+    pub(crate) fn exclusive(&mut self) -> &Network {
+        &self.0
     }
 }
 

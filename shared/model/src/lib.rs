@@ -5,12 +5,18 @@
 
 mod attention;
 mod bf16_cpu;
+mod changes;
+#[cfg(test)]
+mod changes_tests;
+pub mod checksum;
 pub mod config;
 mod cuda;
 pub mod device;
+mod difference;
 mod error;
 mod evaluate;
 mod ffi;
+mod fill;
 pub mod generate;
 pub mod gpu;
 mod layers;
@@ -19,6 +25,7 @@ pub mod measure;
 mod model;
 mod packed;
 mod prove;
+mod resident;
 mod rope;
 mod running;
 pub mod safetensors;
@@ -30,9 +37,12 @@ mod vector_tests;
 mod verify;
 pub mod weights;
 
+pub use changes::{Changes, Undo};
+pub use checksum::Checksums;
 pub use config::{ConfigError, ModelConfig};
 pub use device::{Device, Dtype, set_threads};
-pub use error::{LoadError, ProveError, TorchError};
+pub use difference::{INDEX_DTYPE, write_difference};
+pub use error::{ChangeError, ChecksumError, LoadError, ProveError, TorchError};
 pub use model::{LoadOptions, Model};
 pub use packed::{PackedBatch, Segment, SegmentIndex};
 pub use prove::{CompletionProof, ProofModel, ProveInput, ProveOutput, RunningProof};

@@ -1,20 +1,22 @@
 //! A loaded decoder that any number of threads may read.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use grail_protocol::ids::{TokenId, WeightsHash};
 use tch::{Kind, Tensor};
 
-use crate::config::{Architecture, ModelConfig};
+use crate::config::ModelConfig;
 use crate::device::{Device, Dtype};
 use crate::error::{LoadError, TorchError};
 use crate::ffi::Frozen;
-use crate::layers::{Layer, Linear, Network, RmsNorm};
+use crate::fill::{Fill, fill};
+use crate::layers::Network;
 use crate::packed::PackedBatch;
-use crate::rope::Rope;
+use crate::safetensors::FileDtype;
 use crate::stages::{Stage, stage};
 use crate::train::random_network;
-use crate::weights::{EMBEDDING, HEAD, WeightFiles};
+use crate::weights::{HEAD, WeightFiles};
 
 /// How a folder is loaded.
 #[derive(Debug, Clone, Copy)]
@@ -33,7 +35,7 @@ impl LoadOptions {
     /// Default precision and batch size on `device`.
     #[must_use]
     pub const fn on(device: Device) -> Self {
-        Self { device, dtype: None, known_hash: None, batch_tokens: 16_384 }
+        Self { device, dtype: None, known_hash: None, batch_tokens: device.default_batch_tokens() }
     }
 
     /// The same in another precision.
@@ -47,7 +49,9 @@ impl LoadOptions {
 #[derive(Debug)]
 pub struct Model {
     network: Frozen,
-    weights_hash: WeightsHash,
+    /// Of the tensors in the files, by name.
+    pub(crate) dtypes: BTreeMap<String, FileDtype>,
+    pub(crate) weights_hash: WeightsHash,
     device: Device,
     dtype: Dtype,
     batch_tokens: usize,
@@ -65,8 +69,7 @@ impl Model {
         files.check(&config)?;
         let weights_hash = options.known_hash.unwrap_or_else(|| files.hash());
         let dtype = options.dtype.unwrap_or_else(|| options.device.default_dtype());
-        let loader = Loader { device: options.device.torch(), kind: dtype.kind() };
-        let network = tch::no_grad(|| loader.network(config, &files))?;
+        let network = tch::no_grad(|| read_network(config, &files, (dtype.kind(), options.device.torch())))?;
         tracing::info!(
             folder = %folder.display(),
             device = %options.device,
@@ -77,6 +80,7 @@ impl Model {
         );
         Ok(Self {
             network: Frozen::new(network),
+            dtypes: files.dtypes(),
             weights_hash,
             device: options.device,
             dtype,
@@ -94,8 +98,14 @@ impl Model {
         let dtype = options.dtype.unwrap_or_else(|| options.device.default_dtype());
         tch::manual_seed(seed.into());
         let network = tch::no_grad(|| random_network(config, options.device.torch(), dtype.kind()))?;
+        let mut dtypes = BTreeMap::new();
+        network.visit_hf(&mut |name, _| {
+            dtypes.insert(name, dtype.file());
+            Ok(())
+        })?;
         Ok(Self {
             network: Frozen::new(network),
+            dtypes,
             weights_hash: WeightsHash(seed.into()),
             device: options.device,
             dtype,
@@ -148,8 +158,18 @@ impl Model {
         Ok((host_f32(&hidden)?, host_f32(&logits)?))
     }
 
+    /// This model with other weights of the same files' shape.
+    pub(crate) fn with_network(&self, network: Frozen) -> Self {
+        Self { network, dtypes: self.dtypes.clone(), ..*self }
+    }
+
     pub(crate) fn network(&self) -> &Network {
         &self.network
+    }
+
+    /// The network for in-place changes of its tensors.
+    pub(crate) fn network_mut(&mut self) -> &Network {
+        self.network.exclusive()
     }
 
     /// The first token that the embedding does not have.
@@ -170,66 +190,21 @@ pub(crate) fn host_f32(x: &Tensor) -> Result<Vec<f32>, tch::TchError> {
 }
 
 /// Builds the network from files; projections that are computed together are stacked.
-pub(crate) struct Loader {
-    pub device: tch::Device,
-    pub kind: Kind,
-}
-
-impl Loader {
-    pub(crate) fn network(&self, config: ModelConfig, files: &WeightFiles) -> Result<Network, LoadError> {
-        let embedding = self.tensor(files, EMBEDDING)?;
-        let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { self.tensor(files, HEAD)? };
-        let layers = (0..config.layers).map(|index| self.layer(&config, files, index)).collect::<Result<_, _>>()?;
-        Ok(Network {
-            device: self.device,
-            kind: self.kind,
-            embedding,
-            layers,
-            norm: self.norm(&config, files, "model.norm")?,
-            head,
-            rope: Rope::new(&config.rope, config.head_dim, self.device)?,
-            config,
-        })
+pub(crate) fn read_network(
+    config: ModelConfig,
+    files: &WeightFiles,
+    options: (Kind, tch::Device),
+) -> Result<Network, LoadError> {
+    let network = Network::unfilled(config, options)?;
+    let is_tied = network.config.tie_word_embeddings;
+    let mut fills = Vec::new();
+    for (name, to) in network.places()? {
+        // A tied output matrix is the embedding, and the file's copy of it, if any, is the same.
+        if !(is_tied && name == HEAD) {
+            let (bytes, kind) = files.elements(&name)?;
+            fills.push(Fill { to, bytes, kind });
+        }
     }
-
-    fn layer(&self, config: &ModelConfig, files: &WeightFiles, index: usize) -> Result<Layer, LoadError> {
-        let name = |part: &str| format!("model.layers.{index}.{part}");
-        let linear = |parts: &[&str], has_bias: bool| {
-            let names: Vec<String> = parts.iter().map(|part| name(part)).collect();
-            self.stacked(files, &names, has_bias)
-        };
-        let norm = |part: &str| self.norm(config, files, &name(part));
-        let head_norms = match config.architecture {
-            Architecture::Qwen3 => Some((norm("self_attn.q_norm")?, norm("self_attn.k_norm")?)),
-            Architecture::Qwen2 | Architecture::Llama => None,
-        };
-        Ok(Layer {
-            input_norm: norm("input_layernorm")?,
-            qkv: linear(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], config.qkv_bias)?,
-            head_norms,
-            output: linear(&["self_attn.o_proj"], config.output_bias)?,
-            post_norm: norm("post_attention_layernorm")?,
-            gate_up: linear(&["mlp.gate_proj", "mlp.up_proj"], config.mlp_bias)?,
-            down: linear(&["mlp.down_proj"], config.mlp_bias)?,
-        })
-    }
-
-    fn norm(&self, config: &ModelConfig, files: &WeightFiles, name: &str) -> Result<RmsNorm, LoadError> {
-        Ok(RmsNorm { weight: self.tensor(files, &format!("{name}.weight"))?, epsilon: config.rms_norm_eps })
-    }
-
-    fn stacked(&self, files: &WeightFiles, names: &[String], has_bias: bool) -> Result<Linear, LoadError> {
-        let stack = |suffix: &str| -> Result<Tensor, LoadError> {
-            let parts = names
-                .iter()
-                .map(|name| self.tensor(files, &format!("{name}.{suffix}")))
-                .collect::<Result<Vec<_>, _>>()?;
-            Ok(Tensor::f_cat(&parts, 0)?)
-        };
-        Ok(Linear { weight: stack("weight")?, bias: has_bias.then(|| stack("bias")).transpose()? })
-    }
-
-    fn tensor(&self, files: &WeightFiles, name: &str) -> Result<Tensor, LoadError> {
-        files.load(name, self.device, self.kind)
-    }
+    fill(fills)?;
+    Ok(network)
 }

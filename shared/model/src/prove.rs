@@ -75,6 +75,11 @@ impl ProofModel {
         &self.model
     }
 
+    /// The model to be changed in place; `None` while somebody else holds it too.
+    pub fn exclusive(&mut self) -> Option<&mut Model> {
+        Arc::get_mut(&mut self.model)
+    }
+
     /// The model's shape.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {

@@ -6,15 +6,15 @@ use std::sync::{Mutex, PoisonError};
 use grail_protocol::ids::TokenId;
 use tch::{Kind, TchError, Tensor, nn};
 
-use crate::config::{Architecture, ModelConfig};
+use crate::config::ModelConfig;
 use crate::device::{Device, Dtype};
 use crate::error::{LoadError, TorchError};
 use crate::layers::{Layer, Linear, Network, RmsNorm};
-use crate::model::Loader;
+use crate::model::read_network;
 use crate::packed::PackedBatch;
-use crate::rope::Rope;
-use crate::safetensors::{FileDtype, OwnedTensor, SafetensorsError};
-use crate::weights::{EMBEDDING, HEAD, WeightFiles};
+use crate::resident::Part;
+use crate::safetensors::{OwnedTensor, SafetensorsError};
+use crate::weights::WeightFiles;
 
 /// Standard deviation of fresh matrices, as `initializer_range` of the configurations has it.
 const INITIAL_DEVIATION: f64 = 0.02;
@@ -74,8 +74,7 @@ impl TrainableModel {
         let config = ModelConfig::from_dir(folder)?;
         let files = WeightFiles::open(folder)?;
         files.check(&config)?;
-        let loader = Loader { device: device.torch(), kind: Kind::Float };
-        let network = tch::no_grad(|| loader.network(config, &files))?;
+        let network = tch::no_grad(|| read_network(config, &files, (Kind::Float, device.torch())))?;
         Ok(Self::register(network)?)
     }
 
@@ -132,7 +131,7 @@ impl TrainableModel {
     pub fn save_safetensors(&self, folder: &Path, dtype: Dtype) -> Result<(), LoadError> {
         let mut tensors = Vec::new();
         tch::no_grad(|| {
-            self.visit_hf(&mut |name, tensor| {
+            self.network.visit_hf(&mut |name, tensor| {
                 tensors.push(owned(name, tensor, dtype)?);
                 Ok(())
             })
@@ -140,45 +139,6 @@ impl TrainableModel {
         std::fs::create_dir_all(folder)
             .map_err(|source| SafetensorsError::Write { path: folder.to_owned(), source })?;
         Ok(crate::safetensors::write(&folder.join("model.safetensors"), &tensors)?)
-    }
-
-    /// Calls `visit` with every tensor under its Hugging Face name, stacked projections taken apart.
-    fn visit_hf(&self, visit: &mut dyn FnMut(String, &Tensor) -> Result<(), TchError>) -> Result<(), TchError> {
-        let network = &self.network;
-        let config = &network.config;
-        let (query, kv) = (config.query_size() as i64, config.kv_size() as i64);
-        let inner = config.intermediate_size as i64;
-        visit(EMBEDDING.to_owned(), &network.embedding)?;
-        for (index, layer) in network.layers.iter().enumerate() {
-            let name = |part: &str| format!("model.layers.{index}.{part}");
-            let mut split = |linear: &Linear, parts: &[(&str, i64)]| {
-                let mut first = 0;
-                for (part, rows) in parts {
-                    visit(name(&format!("{part}.weight")), &linear.weight.f_narrow(0, first, *rows)?)?;
-                    if let Some(bias) = &linear.bias {
-                        visit(name(&format!("{part}.bias")), &bias.f_narrow(0, first, *rows)?)?;
-                    }
-                    first += rows;
-                }
-                Ok::<_, TchError>(())
-            };
-            let hidden = config.hidden_size as i64;
-            split(&layer.qkv, &[("self_attn.q_proj", query), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)])?;
-            split(&layer.output, &[("self_attn.o_proj", hidden)])?;
-            split(&layer.gate_up, &[("mlp.gate_proj", inner), ("mlp.up_proj", inner)])?;
-            split(&layer.down, &[("mlp.down_proj", hidden)])?;
-            if let Some((query_norm, key_norm)) = &layer.head_norms {
-                visit(name("self_attn.q_norm.weight"), &query_norm.weight)?;
-                visit(name("self_attn.k_norm.weight"), &key_norm.weight)?;
-            }
-            visit(name("input_layernorm.weight"), &layer.input_norm.weight)?;
-            visit(name("post_attention_layernorm.weight"), &layer.post_norm.weight)?;
-        }
-        visit("model.norm.weight".to_owned(), &network.norm.weight)?;
-        if !config.tie_word_embeddings {
-            visit(HEAD.to_owned(), &network.head)?;
-        }
-        Ok(())
     }
 
     /// Makes variables of all weights.
@@ -226,54 +186,16 @@ impl TrainableModel {
 
 pub(crate) fn random_network(config: ModelConfig, device: tch::Device, kind: Kind) -> Result<Network, TchError> {
     let options = (kind, device);
-    let matrix = |rows: usize, columns: usize| {
-        Tensor::f_randn([rows as i64, columns as i64], options)?.f_mul_scalar(INITIAL_DEVIATION)
-    };
-    let norm = |size: usize| {
-        let weight = Tensor::f_ones([size as i64], options)?;
-        Ok::<_, TchError>(RmsNorm { weight, epsilon: config.rms_norm_eps })
-    };
-    let linear = |rows: usize, columns: usize, has_bias: bool| {
-        let bias = has_bias.then(|| Tensor::f_zeros([rows as i64], options)).transpose()?;
-        Ok::<_, TchError>(Linear { weight: matrix(rows, columns)?, bias })
-    };
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let (query, kv) = (config.query_size(), config.kv_size());
-    let layer = || {
-        let head_norms = match config.architecture {
-            Architecture::Qwen3 => Some((norm(config.head_dim)?, norm(config.head_dim)?)),
-            Architecture::Qwen2 | Architecture::Llama => None,
-        };
-        Ok::<_, TchError>(Layer {
-            input_norm: norm(hidden)?,
-            qkv: linear(query + 2 * kv, hidden, config.qkv_bias)?,
-            head_norms,
-            output: linear(hidden, query, config.output_bias)?,
-            post_norm: norm(hidden)?,
-            gate_up: linear(2 * inner, hidden, config.mlp_bias)?,
-            down: linear(hidden, inner, config.mlp_bias)?,
-        })
-    };
-    let embedding = matrix(config.vocab_size, hidden)?;
-    let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { matrix(config.vocab_size, hidden)? };
-    Ok(Network {
-        device,
-        kind,
-        embedding,
-        layers: (0..config.layers).map(|_| layer()).collect::<Result<_, _>>()?,
-        norm: norm(hidden)?,
-        head,
-        rope: Rope::new(&config.rope, config.head_dim, device)?,
-        config,
+    Network::build(config, options, &|part| match part {
+        Part::Matrix(shape) => Tensor::f_randn(shape, options)?.f_mul_scalar(INITIAL_DEVIATION),
+        Part::Norm(shape) => Tensor::f_ones(shape, options),
+        Part::Bias(shape) => Tensor::f_zeros(shape, options),
     })
 }
 
 fn owned(name: String, tensor: &Tensor, dtype: Dtype) -> Result<OwnedTensor, TchError> {
     let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_to_kind(dtype.kind())?.f_contiguous()?;
-    let dtype = match dtype {
-        Dtype::F32 => FileDtype::F32,
-        Dtype::Bf16 => FileDtype::Bf16,
-    };
+    let dtype = dtype.file();
     let mut bytes = vec![0; tensor.numel() * dtype.element_bytes()];
     // Every host that libtorch runs on is little-endian, as the format is.
     tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;

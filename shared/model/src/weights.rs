@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use grail_protocol::ids::WeightsHash;
 use serde::Deserialize;
-use tch::{Device, Kind, Tensor};
+use tch::Kind;
 use xxhash_rust::xxh3::Xxh3Default;
 
+use crate::checksum::{Checksums, Encoding, HostTensor, host_checksums};
 use crate::config::{Architecture, ModelConfig};
 use crate::error::LoadError;
 use crate::safetensors::{FileDtype, SafetensorsFile, TensorView};
@@ -161,20 +162,31 @@ impl WeightFiles {
         Ok(())
     }
 
-    /// One tensor on `device`, cast to `kind`.
+    /// Bytes of one tensor and what they are.
     ///
     /// # Errors
-    /// [`LoadError`] if it is missing, of an unsupported dtype, or does not fit the device.
-    pub fn load(&self, name: &str, device: Device, kind: Kind) -> Result<Tensor, LoadError> {
+    /// [`LoadError`] if it is missing or of an unsupported dtype.
+    pub(crate) fn elements(&self, name: &str) -> Result<(&[u8], Kind), LoadError> {
         let (file, view) = self.find(name)?;
-        let stored = file_kind(name, file, view.dtype)?;
-        let shape = view.shape.iter().map(|extent| *extent as i64).collect::<Vec<_>>();
-        let tensor = Tensor::f_from_data_size(view.bytes, &shape, stored)?;
-        // Moved before it is cast: half the bytes cross the bus, and the device casts faster.
-        Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
+        Ok((view.bytes, file_kind(name, file, view.dtype)?))
     }
 
-    fn find(&self, name: &str) -> Result<(&Path, TensorView<'_>), LoadError> {
+    /// Dtype of every tensor.
+    pub(crate) fn dtypes(&self) -> BTreeMap<String, FileDtype> {
+        self.iter().map(|(name, view)| (name.to_owned(), view.dtype)).collect()
+    }
+
+    /// Checksum of every tensor, read once; see [`crate::checksum`].
+    #[must_use]
+    pub fn checksums(&self) -> Checksums {
+        let tensors: Vec<HostTensor<'_>> = self
+            .iter()
+            .map(|(_, view)| HostTensor { bytes: view.bytes, encoding: Encoding::of_file(view.dtype) })
+            .collect();
+        self.iter().map(|(name, _)| name.to_owned()).zip(host_checksums(&tensors)).collect()
+    }
+
+    pub(crate) fn find(&self, name: &str) -> Result<(&Path, TensorView<'_>), LoadError> {
         self.tensors
             .get(name)
             .and_then(|at| self.files.get(*at))

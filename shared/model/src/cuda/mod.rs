@@ -88,19 +88,16 @@ impl Engine {
             kernels,
             attention,
         };
-        engine.budget(config).map_err(text)?;
+        engine.budget(config);
         tracing::info!(device, ?attention, most_rows = engine.most_rows(usize::MAX), "Own kernels are in use.");
         Ok(engine)
     }
 
     /// Sets the most rows by the memory that is free now, when the weights are loaded and nothing else is.
-    fn budget(&self, config: &ModelConfig) -> Result<(), TchError> {
-        // Whose memory is asked for is the current context's.
-        self.kernels.enter()?;
-        let Some((free, _)) = crate::ffi::cuda_memory() else { return Ok(()) };
+    fn budget(&self, config: &ModelConfig) {
+        let Some((free, _)) = crate::ffi::cuda_memory(Some(self.device)) else { return };
         let rows = rows_that_fit(free, config.parameters() * 2, Workspace::bytes_per_row(&self.kernels.dimensions));
         self.most_rows.store(rows, Ordering::Relaxed);
-        Ok(())
     }
 
     /// Most rows of a batch, not above `configured`.

@@ -36,6 +36,8 @@ pub enum Point {
     Reload,
     /// A sign of life was asked for.
     Ping,
+    /// A generation server was told to take other weights.
+    Update,
 }
 
 /// What a process does wrong.
@@ -73,6 +75,8 @@ pub enum Act {
     Oom,
     /// The device context is of no use any more.
     Poison,
+    /// Success is told, and the old weights stay.
+    Stale,
 }
 
 /// One fault: an act at a point, and when.
@@ -92,8 +96,8 @@ pub struct FaultPlan {
 }
 
 impl Point {
-    /// All points, in the order in which a process first reaches them.
-    pub const ALL: [Self; 8] = [
+    /// All points, in the order in which a process first reaches them: those of a proof worker, then that of a generation server.
+    pub const ALL: [Self; 9] = [
         Self::Starting,
         Self::Loaded,
         Self::Hello,
@@ -102,6 +106,7 @@ impl Point {
         Self::Replying,
         Self::Reload,
         Self::Ping,
+        Self::Update,
     ];
 
     /// The name in the grammar.
@@ -116,6 +121,7 @@ impl Point {
             Self::Replying => "replying",
             Self::Reload => "reload",
             Self::Ping => "ping",
+            Self::Update => "update",
         }
     }
 
@@ -132,7 +138,7 @@ impl Point {
 
 impl Act {
     /// One of each kind.
-    pub const EXAMPLES: [Self; 16] = [
+    pub const EXAMPLES: [Self; 17] = [
         Self::Kill,
         Self::Segv,
         Self::Stop,
@@ -149,6 +155,7 @@ impl Act {
         Self::Nan,
         Self::Oom,
         Self::Poison,
+        Self::Stale,
     ];
 
     /// Whether a process can do this at `point`.
@@ -163,6 +170,7 @@ impl Act {
             Self::StaleEpoch => matches!(point, Point::Hello | Point::Replying | Point::Ping),
             Self::Nan => matches!(point, Point::MidProof | Point::Replying),
             Self::Oom | Self::Poison => matches!(point, Point::MidProof),
+            Self::Stale => matches!(point, Point::Update),
         }
     }
 
@@ -186,6 +194,7 @@ impl Act {
             Self::Nan => "nan",
             Self::Oom => "oom",
             Self::Poison => "poison",
+            Self::Stale => "stale",
         }
     }
 }
@@ -463,7 +472,11 @@ mod tests {
             ("kill", "names no point: write act@point"),
             ("kill@mid_proof;;", "names no point"),
             ("explode@idle", "act \"explode\" is none: kill, segv, stop, abort, exit=CODE, hang, slow=MS, garbage"),
-            ("kill@lunch", "point \"lunch\" is none: starting, loaded, hello, idle, mid_proof, replying, reload, ping"),
+            (
+                "kill@lunch",
+                "point \"lunch\" is none: starting, loaded, hello, idle, mid_proof, replying, reload, ping, update are",
+            ),
+            ("stale@reload", "stale has no meaning at reload"),
             ("exit@idle", "act \"exit\" is none"),
             ("exit=256@idle", "exit=\"256\" is no number that fits"),
             ("slow=+1@idle", "slow=\"+1\" is no number that fits"),

@@ -1,0 +1,76 @@
+//! Bytes of files into weights: several threads, each with a small buffer, which is pinned where a GPU reads from it.
+
+use std::sync::{Mutex, PoisonError};
+
+use tch::{Device, Kind, TchError, Tensor};
+
+use crate::ffi;
+
+/// Bytes that one step moves to a GPU: a page-locked transfer of this size runs at full speed, and a proof that shares the device
+/// waits no longer than for one of them.
+const GPU_STEP_BYTES: usize = 1 << 24;
+/// The same on a CPU, where the buffer should stay in the cache.
+const CPU_STEP_BYTES: usize = 1 << 20;
+/// Threads that read: four of them reach most of what the bus carries.
+const MOST_THREADS: usize = 4;
+
+/// One tensor to be filled.
+#[derive(Debug)]
+pub(crate) struct Fill<'b> {
+    /// Flat, of any kind and on any device.
+    pub to: Tensor,
+    /// As many elements, little-endian.
+    pub bytes: &'b [u8],
+    /// What the bytes are.
+    pub kind: Kind,
+}
+
+/// Fills tensors, cast to their own kind.
+///
+/// # Errors
+/// [`TchError`]; some of them may be filled then.
+pub(crate) fn fill(fills: Vec<Fill<'_>>) -> Result<(), TchError> {
+    let device = fills.first().map_or(Device::Cpu, |fill| fill.to.device());
+    let step_bytes = if device == Device::Cpu { CPU_STEP_BYTES } else { GPU_STEP_BYTES };
+    let mut steps = Vec::new();
+    for Fill { to, bytes, kind } in fills {
+        let width = kind.elt_size_in_bytes();
+        let mut first = 0;
+        for bytes in bytes.chunks(step_bytes) {
+            let count = (bytes.len() / width) as i64;
+            steps.push(Fill { to: to.f_narrow(0, first, count)?, bytes, kind });
+            first += count;
+        }
+    }
+    let threads = crate::device::host_threads().min(MOST_THREADS).min(steps.len());
+    let steps = Mutex::new(steps.into_iter());
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| take_steps(&steps, device, step_bytes))).collect();
+        workers
+            .into_iter()
+            .try_for_each(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
+}
+
+fn take_steps<'b>(
+    steps: &Mutex<impl Iterator<Item = Fill<'b>>>,
+    device: Device,
+    buffer_bytes: usize,
+) -> Result<(), TchError> {
+    // Of this thread, like all such guards.
+    let _guard = tch::no_grad_guard();
+    let mut buffer = Tensor::f_empty([buffer_bytes as i64], (Kind::Uint8, Device::Cpu))?;
+    if device != Device::Cpu {
+        // Without page-locked memory it is slower and right.
+        buffer = buffer.f_pin_memory(device).unwrap_or(buffer);
+    }
+    loop {
+        let step = steps.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let Some(Fill { mut to, bytes, kind }) = step else { return Ok(()) };
+        if let Some(place) = ffi::host_bytes_mut(&mut buffer).and_then(|buffer| buffer.get_mut(..bytes.len())) {
+            place.copy_from_slice(bytes);
+        }
+        // Waits until the bytes have arrived, so the buffer may be used again.
+        to.f_copy_(&buffer.f_narrow(0, 0, bytes.len() as i64)?.f_view_dtype(kind)?)?;
+    }
+}
