@@ -151,7 +151,7 @@ pub struct ProfileArguments {
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub batch_tokens: Option<u32>,
     /// Groups from a file that `mine --record` wrote, instead of synthetic ones
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["groups", "prompt", "completion", "max_tokens", "seed"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["groups", "prompt", "completion", "max_tokens", "longest", "seed"])]
     pub recorded: Option<PathBuf>,
     /// Synthetic groups of 16 rollouts
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=100_000))]
@@ -165,6 +165,14 @@ pub struct ProfileArguments {
     /// Longest synthetic prompt and completion
     #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=131_072))]
     pub max_tokens: u32,
+    /// Length of one completion of the first synthetic group, whatever is drawn for it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=131_072))]
+    pub longest: Option<u32>,
+    /// Cases of a file, or of standard input (-), one JSON object a line: prompt, completion, groups, longest, seed, warm_up,
+    /// repeats, stages; a report is printed behind each, one JSON document a line
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["connect", "recorded", "groups", "prompt", "completion", "max_tokens",
+        "longest", "seed", "warm_up", "repeats", "trace", "json"])]
+    pub cases: Option<PathBuf>,
     /// Number from which the synthetic groups follow
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,

@@ -179,20 +179,20 @@ impl Local {
         Ok(Staged { stages: table(&spans, total, jobs.len()), events })
     }
 
-    /// The yardstick: a square product on the same device in the same precision.
+    /// The yardstick: a square product on the same device in the same precision, and what a GPU keeps up of it.
     ///
     /// # Errors
     /// [`WorkerError::Yardstick`].
-    pub(crate) fn matrix_product(&self) -> Result<MatrixProductReport, WorkerError> {
+    pub(crate) fn matrix_product(&self, is_sustained_too: bool) -> Result<MatrixProductReport, WorkerError> {
         let size = if self.device() == Device::Cpu { CPU_PRODUCT } else { GPU_PRODUCT };
         let product = MatrixProduct::measure(self.device(), self.dtype(), size).map_err(WorkerError::Yardstick)?;
         let tflops = product.flop_per_second() / 1e12;
         let sustained_tflops = match self.device() {
-            Device::Cpu => None,
-            Device::Cuda(_) => {
+            Device::Cuda(_) if is_sustained_too => {
                 let sustained = MatrixProduct::measure_sustained(self.device(), self.dtype(), size, SUSTAINED);
                 Some(sustained.map_err(WorkerError::Yardstick)?.flop_per_second() / 1e12)
             }
+            Device::Cpu | Device::Cuda(_) => None,
         };
         Ok(MatrixProductReport { size, tflops, sustained_tflops })
     }

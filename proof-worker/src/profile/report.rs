@@ -51,6 +51,9 @@ pub struct GroupsReport {
     pub rollouts: usize,
     pub prompt_tokens: usize,
     pub completion_tokens: usize,
+    /// By group: tokens of the prompt, then of each completion; unset where only the sums matter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lengths: Option<Vec<Vec<usize>>>,
 }
 
 /// Milliseconds that one group takes.
@@ -105,7 +108,7 @@ impl Report {
             // Writing to a text cannot fail.
             writeln!(text, "{name:<22}{value}").unwrap_or_default();
         };
-        let GroupsReport { source, groups, rollouts, prompt_tokens, completion_tokens } = &self.groups;
+        let GroupsReport { source, groups, rollouts, prompt_tokens, completion_tokens, .. } = &self.groups;
         line("model", format!("{}, weights {}", self.model, self.weights));
         let dtype = self.dtype.as_ref().map(|dtype| format!(", {dtype}")).unwrap_or_default();
         line("device", format!("{}{dtype}", self.device));

@@ -116,8 +116,12 @@ impl Pending {
         let launched =
             launched.ok_or_else(|| ProveError::BadRequest { detail: "a batch was never launched".to_owned() })?;
         let output = launched.finish().map_err(|error| ProveError::classify(error, self.tokens))?;
+        Ok(self.result(output))
+    }
+
+    fn result(mut self, output: BatchOutput) -> BatchResult {
         let rollouts = (0..self.members.len()).map(|member| self.read(member, &output)).collect();
-        Ok(BatchResult { first: self.first, rollouts, buckets: SelectedBuckets::from_rows(output.buckets) })
+        BatchResult { first: self.first, rollouts, buckets: SelectedBuckets::from_rows(output.buckets) }
     }
 
     fn read(&mut self, place: usize, output: &BatchOutput) -> Result<Evaluated, ProveError> {
@@ -140,5 +144,75 @@ impl Pending {
             eos_probability,
             chosen_probabilities,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use grail_protocol::ids::TokenId;
+
+    use super::*;
+    use crate::packed::PackedBatch;
+
+    const EOS: TokenId = TokenId(9);
+
+    /// Two members behind one prompt of two tokens, and one without a prompt: 2 + 3 + 1 + 2 rows, 3 + 1 + 1 predictions.
+    fn pending() -> Pending {
+        let tokens: Vec<TokenId> = (1..9).map(TokenId).collect();
+        let (prompt, none) = (&tokens[..2], &tokens[..0]);
+        let mut batch = PackedBatch::new();
+        let shared = batch.push_sequence(prompt);
+        let mut pending = Pending::new(10, 8);
+        for completion in [&tokens[2..5], &tokens[5..6]] {
+            let own = batch.push_continuation(shared, completion);
+            let segments = (Some(batch.segment(shared)), batch.segment(own));
+            let rows: Vec<i64> = std::iter::once(1).chain(segments.1.rows.clone().map(|row| row as i64)).collect();
+            let member = Rollout { prompt, completion, eos_token: EOS, sampling: None };
+            pending.push(&member, segments, &rows[..completion.len()]);
+        }
+        let own = batch.push_sequence(&tokens[6..]);
+        let member = Rollout { prompt: none, completion: &tokens[6..], eos_token: EOS, sampling: None };
+        pending.push(&member, (None, batch.segment(own)), &[6]);
+        pending
+    }
+
+    fn output() -> BatchOutput {
+        let logprobs = vec![-1.0, -2.0, -3.0, -4.0, -5.0];
+        BatchOutput { buckets: vec![[1; 16]; 8], logprobs, eos_probabilities: vec![0.1, 0.2, 0.3, 0.4, 0.5] }
+    }
+
+    #[test]
+    fn each_member_gets_its_own_predictions() {
+        let pending = pending();
+        let Predictions { rows, targets, eos } = pending.predictions();
+        assert_eq!(rows, &[1, 2, 3, 1, 6]);
+        assert_eq!(targets, &[3, 4, 5, 6, 8]);
+        assert_eq!(eos, &[-1, -1, 9, 9, 9]);
+        let result = pending.result(output());
+        assert_eq!(result.first, 10);
+        let members: Vec<Evaluated> = result.rollouts.into_iter().map(Result::unwrap).collect();
+        assert_eq!(members[0].logprobs, [-1.0, -2.0, -3.0]);
+        assert_eq!((members[0].prompt_rows.clone(), members[0].completion_rows.clone()), (0..2, 2..5));
+        assert_eq!((members[1].logprobs.as_slice(), members[1].eos_probability), (&[-4.0][..], 0.4));
+        assert_eq!(members[2].logprobs, [f32::NEG_INFINITY, -5.0], "no row predicts its first token");
+        let eos: Vec<f32> = members.iter().map(|member| member.eos_probability).collect();
+        assert_eq!(eos, [0.3, 0.4, 0.5]);
+    }
+
+    #[test]
+    fn what_is_not_finite_names_the_member_and_spares_the_others() {
+        let mut spoilt = output();
+        spoilt.buckets[4][0] = i8::MIN;
+        spoilt.logprobs[4] = f32::NAN;
+        let result = pending().result(spoilt);
+        assert!(matches!(result.rollouts[0], Err(ProveError::NonFinite { member: 10, position: 4 })));
+        assert!(result.rollouts[1].is_ok());
+        assert!(matches!(result.rollouts[2], Err(ProveError::NonFinite { member: 12, .. })));
+
+        let mut prompt = output();
+        prompt.buckets[1][0] = i8::MIN;
+        let result = pending().result(prompt);
+        let refused = result.rollouts.iter().map(Result::is_err).collect::<Vec<_>>();
+        assert_eq!(refused, [true, true, false], "both share the prompt");
     }
 }

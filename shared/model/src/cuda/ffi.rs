@@ -468,6 +468,8 @@ pub(crate) fn operator_schema(name: &CStr) -> Result<(String, bool), TchError> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum VarlenKernel {
     Flash,
+    /// Slower, and by other hands: what the first is compared with.
+    #[cfg_attr(not(test), expect(dead_code, reason = "it is the oracle of tests"))]
     Efficient,
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::PoisonError;
 
+use grail_protocol::constants::PROOF_TOPK;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::Engine;
@@ -19,7 +20,7 @@ use crate::stages::{Stage, stage};
 #[derive(Debug)]
 pub(crate) struct BatchOutput {
     /// By row of the batch; [`BatchOutput::is_finite`] says whether they are buckets.
-    pub buckets: Vec<[i8; TOP as usize]>,
+    pub buckets: Vec<[i8; PROOF_TOPK]>,
     /// By prediction.
     pub logprobs: Vec<f32>,
     /// By prediction; without meaning where none was asked for.
@@ -62,10 +63,10 @@ impl Launched {
             let mut bytes = vec![0_u8; self.results.numel()];
             let count = bytes.len();
             self.results.f_copy_data(&mut bytes, count)?;
-            let (buckets, numbers) = bytes.split_at(self.rows * TOP as usize);
+            let (buckets, numbers) = bytes.split_at(self.rows * PROOF_TOPK);
             let (logprobs, eos) = numbers.split_at(self.predictions * size_of::<f32>());
             let floats = |bytes: &[u8]| bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-            let signed = |row: &[u8; TOP as usize]| row.map(u8::cast_signed);
+            let signed = |row: &[u8; PROOF_TOPK]| row.map(u8::cast_signed);
             Ok(BatchOutput {
                 buckets: buckets.as_chunks().0.iter().map(signed).collect(),
                 logprobs: floats(logprobs),
@@ -164,7 +165,7 @@ impl<'a> Pass<'a> {
             Attention::PerSequence => (None, Some(AttentionPlan::new(batch, shape, (network.kind, network.device))?)),
         };
         let [cos, sin] = stage(Stage::Embed, || {
-            network.embedding.f_index_select_out(&buffers.x, 0, &layout.tokens()?)?;
+            select_rows(&network.embedding, &layout.tokens()?, &buffers.x)?;
             network.rope.rotation(&layout.positions()?, network.kind)?.into_parts()
         })?;
         let key_sources = layout.key_sources()?;
@@ -236,6 +237,11 @@ impl<'a> Pass<'a> {
     }
 }
 
+/// Rows of `x` by number, into memory that is there.
+fn select_rows(x: &Tensor, rows: &Tensor, out: &Tensor) -> Result<(), TchError> {
+    x.f_index_select_out(out, 0, rows).map(drop)
+}
+
 /// `out = x · weightᵀ + bias` into memory that is there.
 fn linear(out: &Tensor, x: &Tensor, Linear { weight, bias }: &Linear) -> Result<(), TchError> {
     let transposed = weight.f_tr()?;
@@ -266,8 +272,8 @@ impl Head<'_> {
             let [rows, targets, eos] = self.layout.predictions(first..first + count)?;
             let [chosen, logits] = self.workspace.head(count as i64)?;
             stage(Stage::Head, || {
-                hidden.f_index_select_out(&chosen, 0, &rows)?;
-                chosen.f_mm_out(&logits, &transposed)
+                select_rows(hidden, &rows, &chosen)?;
+                chosen.f_mm_out(&logits, &transposed).map(drop)
             })?;
             let part = |values: &Tensor| values.f_narrow(0, first as i64, count as i64);
             stage(Stage::LogSoftmax, || {

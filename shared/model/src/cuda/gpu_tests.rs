@@ -169,7 +169,7 @@ fn chosen_logprobs_are_those_of_log_softmax() {
         assert!(largest < 0.01, "{largest}");
         // Where no EOS is asked for nothing is written, and what is not finite shows.
         let none = Tensor::full([77], -1, (Kind::Int, GPU));
-        let _ = logits.get(5).narrow(0, 17, 1).fill_(f64::INFINITY);
+        drop(logits.get(5).narrow(0, 17, 1).fill_(f64::INFINITY));
         let untouched = poisoned(&[77], Kind::Float);
         kernels.choose(lane, &logits, [&targets, &none], [&logprobs, &untouched]).unwrap();
         assert!(untouched.isnan().all().int64_value(&[]) == 1);
@@ -195,8 +195,8 @@ fn selected_buckets_are_those_of_the_scan() {
         let mine = SelectedBuckets::from_rows(bytes.as_chunks().0.to_vec());
         assert!(mine == SelectedBuckets::of(&x.to_device(Device::Cpu)).unwrap(), "{} columns", hidden);
 
-        let _ = x.get(7).narrow(0, hidden - 1, 1).fill_(f64::NAN);
-        let _ = x.get(300).narrow(0, 0, 1).fill_(f64::NEG_INFINITY);
+        drop(x.get(7).narrow(0, hidden - 1, 1).fill_(f64::NAN));
+        drop(x.get(300).narrow(0, 0, 1).fill_(f64::NEG_INFINITY));
         kernels.select_buckets(lane, &x, &out).unwrap();
         let first = Vec::<i8>::try_from(out.select(1, 0)).unwrap();
         let bad: Vec<usize> = (0..first.len()).filter(|row| first[*row] == i8::MIN).collect();

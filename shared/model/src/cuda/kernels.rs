@@ -16,7 +16,7 @@ const WARP: i64 = 32;
 const SILU_THREADS: i64 = 256;
 const CHOOSE_THREADS: u32 = 512;
 /// Activations whose buckets make a sketch.
-pub(crate) const TOP: i64 = 16;
+pub(crate) const TOP: i64 = grail_protocol::constants::PROOF_TOPK as i64;
 
 /// What the kernels are compiled for.
 #[derive(Debug, Clone, PartialEq)]

@@ -178,8 +178,7 @@ mod tests {
         let prompt = batch.push_sequence(&tokens[..2]);
         batch.push_continuation(prompt, &tokens[2..]);
         let predictions = Predictions { rows: vec![1, 2, 3], targets: vec![6, 7, 8], eos: vec![-1, -1, 5] };
-        let layout =
-            Layout::new(&batch, &predictions, Attention::PerSequence, |numbers| Tensor::f_from_slice(numbers)).unwrap();
+        let layout = Layout::new(&batch, &predictions, Attention::PerSequence, Tensor::f_from_slice).unwrap();
         let values = |part: Tensor| Vec::<i32>::try_from(part).unwrap();
         assert_eq!(values(layout.tokens().unwrap()), [4, 5, 6, 7, 8]);
         assert_eq!(values(layout.positions().unwrap()), [0, 1, 2, 3, 4]);
