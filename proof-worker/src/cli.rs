@@ -147,7 +147,7 @@ pub struct ProfileArguments {
     #[arg(long)]
     pub shape: Option<Shape>,
     /// Measure the worker that serves at this socket, with two requests in flight
-    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["device", "dtype", "threads"])]
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["device", "dtype", "threads", "batch_tokens"])]
     pub connect: Option<PathBuf>,
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
@@ -158,8 +158,11 @@ pub struct ProfileArguments {
     /// Threads of one operation on the CPU [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
+    /// Most tokens of one packed batch; a longer single sequence runs alone [default: 16384 on cpu, 32768 on cuda]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch_tokens: Option<u32>,
     /// Groups from a file that `mine --record` wrote, instead of synthetic ones
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["groups", "prompt", "completion", "max_tokens", "seed"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["groups", "prompt", "completion", "max_tokens", "longest", "seed"])]
     pub recorded: Option<PathBuf>,
     /// Synthetic groups of 16 rollouts
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=100_000))]
@@ -173,6 +176,14 @@ pub struct ProfileArguments {
     /// Longest synthetic prompt and completion
     #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=131_072))]
     pub max_tokens: u32,
+    /// Length of one completion of the first synthetic group, whatever is drawn for it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=131_072))]
+    pub longest: Option<u32>,
+    /// Cases of a file, or of standard input (-), one JSON object a line: prompt, completion, groups, longest, seed, warm_up,
+    /// repeats, stages; a report is printed behind each, one JSON document a line
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["connect", "recorded", "groups", "prompt", "completion", "max_tokens",
+        "longest", "seed", "warm_up", "repeats", "trace", "json"])]
+    pub cases: Option<PathBuf>,
     /// Number from which the synthetic groups follow
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
@@ -261,13 +272,10 @@ pub struct ModelArguments {
     /// Threads of one operation on the CPU [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
-    /// Most tokens of one packed batch; a longer single sequence runs alone
-    #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_BATCH_TOKENS, value_parser = clap::value_parser!(u32).range(1..))]
-    pub batch_tokens: u32,
+    /// Most tokens of one packed batch; a longer single sequence runs alone [default: 16384 on cpu, 32768 on cuda]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch_tokens: Option<u32>,
 }
-
-/// Tokens of one packed batch when memory has not run short yet.
-pub const DEFAULT_BATCH_TOKENS: u32 = 16_384;
 
 #[cfg(test)]
 mod tests {
@@ -288,7 +296,7 @@ mod tests {
         let Command::Serve(serve) = arguments.command else { panic!("serve") };
         assert_eq!((serve.slot, serve.epoch, serve.token_fd), (1, 3, Some(7)));
         assert_eq!((serve.model.device, serve.model.dtype), (Device::Cuda(0), Some(Dtype::Bf16)));
-        assert_eq!((serve.model.threads, serve.model.batch_tokens), (Some(2), 4_096));
+        assert_eq!((serve.model.threads, serve.model.batch_tokens), (Some(2), Some(4_096)));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use tokio::sync::{mpsc as async_mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::{debug, error};
 
+use crate::batches::{Batches, Request};
 use crate::error::WorkerError;
 use crate::prepare::{Order, Preparer, Then};
 use crate::prover::{ComputeError, Loader, Prepared, Prover, Retired, Way};
@@ -75,7 +76,7 @@ impl Known {
         *self.weights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn count(&self, proof: &GroupProof) {
+    pub(crate) fn count(&self, proof: &GroupProof) {
         self.groups.fetch_add(1, Ordering::Relaxed);
         self.rollouts.fetch_add(u64::try_from(proof.members.len()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
@@ -86,7 +87,7 @@ impl Known {
 }
 
 pub(crate) enum Work {
-    Prove { id: RequestId, job: ProveJob, outcomes: Outcomes },
+    Prove(Request),
     Verify { id: RequestId, job: VerifyJob, outcomes: Outcomes },
     TakeOver { prepared: Box<dyn Prepared>, done: mpsc::Sender<TakenOver> },
 }
@@ -165,7 +166,7 @@ impl Compute {
     /// # Errors
     /// [`WorkerError::Bug`] if the thread is gone.
     pub fn prove(&self, id: RequestId, job: ProveJob, outcomes: Outcomes) -> Result<(), WorkerError> {
-        self.queue(Work::Prove { id, job, outcomes })
+        self.queue(Work::Prove(Request { id, job, outcomes }))
     }
 
     /// Queues rows.
@@ -218,32 +219,31 @@ impl Compute {
 fn compute(prover: Box<dyn Prover>, inbox: &mpsc::Receiver<Work>, known: &Known, faults: &Armed) {
     // Why there are no weights any more.
     let mut lost: Option<ComputeError> = None;
-    while let Ok(work) = inbox.recv() {
+    let mut batches = Batches::new(inbox, known, faults);
+    while let Some(work) = batches.next() {
         let (outcome, outcomes) = match work {
-            Work::Prove { outcomes, .. } | Work::Verify { outcomes, .. } if outcomes.is_closed() => {
+            Work::Prove(Request { outcomes, .. }) | Work::Verify { outcomes, .. } if outcomes.is_closed() => {
                 debug!("Skipped a request whose sender has gone.");
                 continue;
             }
-            Work::Prove { id, outcomes, .. } | Work::Verify { id, outcomes, .. } if let Some(error) = &lost => {
+            Work::Prove(Request { id, outcomes, .. }) | Work::Verify { id, outcomes, .. }
+                if let Some(error) = &lost =>
+            {
                 (failed(id, error.clone()), outcomes)
             }
-            Work::Prove { id, job, outcomes } => {
-                let proved = guarded(&*prover, job.weights, || {
-                    injected(faults.reach(Point::MidProof))?;
-                    prover.prove(&job)
-                });
-                if let Ok(proof) = &proved {
-                    known.count(proof);
-                    debug!(group = %proof.group, tokens = job.tokens(), compute = ?proof.compute, "Group proved.");
-                }
-                (proved.map(|proof| Outcome::Proved { id, proof }).unwrap_or_else(|error| failed(id, error)), outcomes)
+            Work::Prove(request) => {
+                batches.prove(&*prover, request);
+                continue;
             }
             Work::Verify { id, job, outcomes } => {
+                batches.finish();
                 let verified = guarded(&*prover, job.weights, || prover.verify(&job));
                 let verified = verified.map(|rows| Outcome::Verified { id, weights: job.weights, rows });
                 (verified.unwrap_or_else(|error| failed(id, error)), outcomes)
             }
             Work::TakeOver { prepared, done } => {
+                // What was begun is of the old weights.
+                batches.finish();
                 let (taken_over, stall) = take_over(prepared);
                 match &taken_over {
                     Ok(_) => known.set_weights(prover.weights()),
@@ -283,7 +283,7 @@ fn guarded<T>(
 }
 
 /// What a fault on the computing thread makes of a proof.
-fn injected(act: Option<Act>) -> Result<(), ComputeError> {
+pub(crate) fn injected(act: Option<Act>) -> Result<(), ComputeError> {
     let detail = "injected by GRAIL_FAULT".to_owned();
     match act {
         None => Ok(()),
@@ -374,7 +374,7 @@ mod tests {
         };
         let rows = VerifyJob { weights: WEIGHTS, rows: vec![] };
         work.send(Work::TakeOver { prepared: Box::new(Failing(reload)), done }).unwrap();
-        work.send(Work::Prove { id: RequestId(1), job, outcomes: outcomes.clone() }).unwrap();
+        work.send(Work::Prove(Request { id: RequestId(1), job, outcomes: outcomes.clone() })).unwrap();
         work.send(Work::Verify { id: RequestId(2), job: rows, outcomes }).unwrap();
         drop(work);
         compute(Box::new(Willing), &inbox, &Known::default(), &Armed::default());

@@ -44,6 +44,8 @@ pub enum WorkerError {
     Poisoned { detail: String },
     #[error("serve: out of device memory twice in a row: {detail}")]
     OutOfMemory { detail: String },
+    #[error("serve: weights are suspect: {detail}")]
+    SuspectWeights { detail: String },
     #[error("serve: weights are lost: {detail}")]
     WeightsLost { detail: String },
     #[error("serve: {detail}")]
@@ -147,6 +149,7 @@ impl WorkerError {
             | Self::Connection(_)
             | Self::Poisoned { .. }
             | Self::OutOfMemory { .. }
+            | Self::SuspectWeights { .. }
             | Self::WeightsLost { .. }
             | Self::Start { .. } => ExitCode::Temporary,
             Self::Handshake(HandshakeError::Version { .. }) => ExitCode::Usage,

@@ -3,6 +3,7 @@
 //! [`serve`] takes requests over a socket, [`prove_file`] from a file; both know the model only through [`prover`], behind which
 //! [`torch`] stands. [`profile`] measures. There is no wallet and no network here.
 
+mod batches;
 pub mod cli;
 pub mod compute;
 mod error;

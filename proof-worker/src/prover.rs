@@ -22,6 +22,16 @@ pub trait Prover: Send {
     /// [`ComputeError`].
     fn prove(&self, job: &ProveJob) -> Result<GroupProof, ComputeError>;
 
+    /// Most tokens of groups that are begun together; 0 where one group at a time is best.
+    fn batch_tokens(&self) -> usize {
+        0
+    }
+
+    /// Begins to prove groups together. What is begun later comes later.
+    fn begin(&self, jobs: &[&ProveJob]) -> Box<dyn Proving> {
+        Box::new(Proved(jobs.iter().map(|job| self.prove(job)).collect()))
+    }
+
     /// Recomputes rows, in the order of the job.
     ///
     /// # Errors
@@ -30,6 +40,28 @@ pub trait Prover: Send {
 
     /// What makes other weights ready for this prover, on a thread of its own.
     fn reloader(&self) -> Box<dyn Reloader>;
+}
+
+/// Groups that are being proved.
+pub trait Proving {
+    /// Whether [`Proving::finish`] will not wait.
+    fn is_done(&self) -> bool;
+
+    /// Waits for the proofs, one for each group in the order in which they were given.
+    fn finish(self: Box<Self>) -> Vec<Result<GroupProof, ComputeError>>;
+}
+
+/// Groups that were proved when they were begun.
+struct Proved(Vec<Result<GroupProof, ComputeError>>);
+
+impl Proving for Proved {
+    fn is_done(&self) -> bool {
+        true
+    }
+
+    fn finish(self: Box<Self>) -> Vec<Result<GroupProof, ComputeError>> {
+        self.0
+    }
 }
 
 /// Makes other weights ready for a prover, which goes on proving meanwhile.

@@ -20,6 +20,10 @@ pub(crate) const MOST_OPEN: usize = 64;
 /// Requests in a row without memory after which a worker gives up: the device will not get any.
 const MOST_OUT_OF_MEMORY: u32 = 2;
 
+/// Groups in a row that are not finite before the weights are suspect: one group may have met a hole of the model, the next one
+/// hardly.
+const MOST_NON_FINITE: u32 = 2;
+
 /// How long a peer may take to end a worker that has told why it cannot go on. An exit code says less than the answer, and must
 /// not be seen before it.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -36,8 +40,8 @@ pub(crate) enum SessionEnd {
 /// Serves the peer until it hangs up, says so, or the worker cannot go on.
 ///
 /// # Errors
-/// [`WorkerError::Connection`] for nonsense from the peer, [`WorkerError::Poisoned`], [`WorkerError::OutOfMemory`] and
-/// [`WorkerError::Bug`] for a worker that must be replaced; its answers have been sent then.
+/// [`WorkerError::Connection`] for nonsense from the peer, [`WorkerError::Poisoned`], [`WorkerError::OutOfMemory`],
+/// [`WorkerError::SuspectWeights`] and [`WorkerError::Bug`] for a worker that must be replaced; its answers have been sent then.
 pub(crate) async fn serve_peer(
     connection: Connection<FromWorker, ToWorker>,
     compute: &Compute,
@@ -55,6 +59,7 @@ pub(crate) async fn serve_peer(
         reloading: None,
         draining: None,
         out_of_memory: 0,
+        non_finite: 0,
         is_mute: false,
     };
     if let Some(act) = faults.reach(Point::Idle)
@@ -122,6 +127,8 @@ struct Session<'c> {
     draining: Option<RequestId>,
     /// Requests in a row for which the device had no memory.
     out_of_memory: u32,
+    /// Groups in a row whose hidden states held NaN or infinity.
+    non_finite: u32,
     /// A fault: no sign of life is given any more.
     is_mute: bool,
 }
@@ -250,7 +257,7 @@ impl Session<'_> {
 
     /// Sends a result, or what a fault leaves of it.
     async fn reply(&mut self, message: FromWorker) -> Result<Next, WorkerError> {
-        self.out_of_memory = 0;
+        (self.out_of_memory, self.non_finite) = (0, 0);
         match self.faults.reach(Point::Replying) {
             Some(act) => self.inject(act, Some(message)).await,
             None => self.send(&message).map(|()| Next::GoOn),
@@ -294,6 +301,17 @@ impl Session<'_> {
                     "Out of memory twice in a row; ending so that a worker with less to do can come."
                 );
                 Some(WorkerError::OutOfMemory { detail })
+            }
+            ComputeError::NonFinite { .. } => {
+                self.non_finite += 1;
+                if self.non_finite < MOST_NON_FINITE {
+                    return None;
+                }
+                error!(
+                    error = detail,
+                    "Twice in a row nothing finite came out; ending so that the weights are loaded again."
+                );
+                Some(WorkerError::SuspectWeights { detail })
             }
             ComputeError::Poisoned { .. } => Some(WorkerError::Poisoned { detail }),
             ComputeError::WeightsLost { detail } => Some(WorkerError::WeightsLost { detail: detail.clone() }),

@@ -4,14 +4,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use grail_ipc::jobs::{GroupProof, MemberProof, ProveJob, RowFacts, VerifyJob};
-use grail_model::{Device, Dtype, LoadOptions, ProofModel, ProveError, ProveInput, VerifyInput, gpu, set_threads};
-use grail_protocol::ids::WeightsHash;
+use grail_model::{
+    CompletionProof, Device, Dtype, LoadOptions, ProofModel, ProveError, ProveInput, ProveOutput, RunningProof,
+    VerifyInput, gpu, set_threads,
+};
+use grail_protocol::ids::{GroupIndex, WeightsHash};
 use grail_protocol::sketch::SketchCoeffs;
 use tokio::time::Instant;
 
-use crate::cli::{DEFAULT_BATCH_TOKENS, ModelArguments};
+use crate::cli::ModelArguments;
 use crate::error::WorkerError;
-use crate::prover::{ComputeError, Loader, Prover, Reloader};
+use crate::prover::{ComputeError, Loader, Prover, Proving, Reloader};
 use crate::torch_reload::{Slot, TorchReloader};
 
 /// Loads checkpoints to one device in one precision.
@@ -19,7 +22,7 @@ use crate::torch_reload::{Slot, TorchReloader};
 pub struct TorchLoader {
     device: Device,
     dtype: Option<Dtype>,
-    batch_tokens: u32,
+    batch_tokens: usize,
     shadow: Shadow,
 }
 
@@ -42,7 +45,7 @@ impl TorchLoader {
     /// [`WorkerError::NoDevice`] if a GPU is wanted and cannot be had.
     pub fn new(arguments: &ModelArguments) -> Result<Self, WorkerError> {
         let loader = Self::on(arguments.device, arguments.dtype, arguments.threads)?;
-        Ok(Self { batch_tokens: arguments.batch_tokens, ..loader })
+        Ok(loader.with_batch_tokens(arguments.batch_tokens))
     }
 
     /// As [`TorchLoader::new`].
@@ -59,7 +62,20 @@ impl TorchLoader {
                 return Err(WorkerError::NoDevice { device, support });
             }
         }
-        Ok(Self { device, dtype, batch_tokens: DEFAULT_BATCH_TOKENS, shadow: Shadow::Auto })
+        Ok(Self { device, dtype, batch_tokens: device.default_batch_tokens(), shadow: Shadow::Auto })
+    }
+
+    /// The same with another most of tokens in one packed batch, if one is given.
+    #[must_use]
+    pub fn with_batch_tokens(self, batch_tokens: Option<u32>) -> Self {
+        let given = batch_tokens.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
+        Self { batch_tokens: given.unwrap_or(self.batch_tokens), ..self }
+    }
+
+    /// How models are loaded.
+    #[must_use]
+    pub fn options(&self) -> LoadOptions {
+        LoadOptions { dtype: self.dtype, batch_tokens: self.batch_tokens, ..LoadOptions::on(self.device) }
     }
 
     /// The same with another choice for reloads.
@@ -76,9 +92,8 @@ impl TorchLoader {
         if !folder.is_dir() {
             return Err(WorkerError::NoModel { folder: folder.to_owned() });
         }
-        let batch_tokens = usize::try_from(self.batch_tokens).unwrap_or(usize::MAX);
-        let options = LoadOptions { dtype: self.dtype, batch_tokens, ..LoadOptions::on(self.device) };
-        ProofModel::load(folder, &options).map_err(|source| WorkerError::Load { folder: folder.to_owned(), source })
+        ProofModel::load(folder, &self.options())
+            .map_err(|source| WorkerError::Load { folder: folder.to_owned(), source })
     }
 }
 
@@ -119,30 +134,36 @@ impl Prover for TorchProver {
     }
 
     fn prove(&self, job: &ProveJob) -> Result<GroupProof, ComputeError> {
-        let started = Instant::now();
-        let coefficients = SketchCoeffs::from_randomness(&job.randomness);
-        let input = ProveInput {
-            prompt: &job.prompt,
-            completions: job.completions.iter().map(Vec::as_slice).collect(),
-            coefficients: &coefficients,
-            eos_token: job.eos_token,
-        };
-        let output = self.slot.model().prove(&input).map_err(refused)?;
-        let members = output
-            .completions
-            .into_iter()
-            .map(|proof| MemberProof {
-                sketches: proof.sketches,
-                logprobs: proof.logprobs,
-                eos_probability: proof.eos_probability,
+        let nothing = || ComputeError::Library { detail: "no proof came of the group".to_owned() };
+        self.begin(&[job]).finish().pop().unwrap_or_else(|| Err(nothing()))
+    }
+
+    fn batch_tokens(&self) -> usize {
+        let model = self.slot.model();
+        // On a CPU larger batches only make the first answer wait for the last.
+        if model.device() == Device::Cpu { 0 } else { model.batch_tokens() }
+    }
+
+    fn begin(&self, jobs: &[&ProveJob]) -> Box<dyn Proving> {
+        let began = Instant::now();
+        let coefficients: Vec<SketchCoeffs> =
+            jobs.iter().map(|job| SketchCoeffs::from_randomness(&job.randomness)).collect();
+        let inputs: Vec<ProveInput<'_>> = jobs
+            .iter()
+            .zip(&coefficients)
+            .map(|(job, coefficients)| ProveInput {
+                prompt: &job.prompt,
+                completions: job.completions.iter().map(Vec::as_slice).collect(),
+                coefficients,
+                eos_token: job.eos_token,
             })
             .collect();
-        Ok(GroupProof {
-            group: job.group,
-            weights: self.weights(),
-            prompt_sketches: output.prompt_sketches,
-            members,
-            compute: started.elapsed(),
+        let model = self.slot.model();
+        Box::new(TorchProving {
+            began,
+            groups: jobs.iter().map(|job| job.group).collect(),
+            weights: model.weights_hash(),
+            running: model.begin(&inputs),
         })
     }
 
@@ -177,6 +198,37 @@ impl Prover for TorchProver {
     fn reloader(&self) -> Box<dyn Reloader> {
         Box::new(TorchReloader::new(Arc::clone(&self.slot), self.shadow))
     }
+}
+
+/// Groups that a model proves.
+struct TorchProving {
+    began: Instant,
+    groups: Vec<GroupIndex>,
+    weights: WeightsHash,
+    running: RunningProof,
+}
+
+impl Proving for TorchProving {
+    fn is_done(&self) -> bool {
+        self.running.is_done()
+    }
+
+    fn finish(self: Box<Self>) -> Vec<Result<GroupProof, ComputeError>> {
+        let Self { began, groups, weights, running } = *self;
+        let outputs = running.finish();
+        let compute = began.elapsed();
+        let proof = |(output, group): (Result<ProveOutput, ProveError>, GroupIndex)| {
+            let ProveOutput { prompt_sketches, completions } = output.map_err(refused)?;
+            let members = completions.into_iter().map(member).collect();
+            Ok(GroupProof { group, weights, prompt_sketches, members, compute })
+        };
+        outputs.into_iter().zip(groups).map(proof).collect()
+    }
+}
+
+fn member(proof: CompletionProof) -> MemberProof {
+    let CompletionProof { sketches, logprobs, eos_probability } = proof;
+    MemberProof { sketches, logprobs, eos_probability }
 }
 
 fn refused(error: ProveError) -> ComputeError {

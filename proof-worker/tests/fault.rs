@@ -391,6 +391,19 @@ async fn out_of_memory_once_is_survived_and_twice_in_a_row_is_not() {
 }
 
 #[tokio::test]
+async fn weights_are_suspect_when_nothing_finite_comes_out_twice_in_a_row() {
+    let (second, nan) = (NonZeroU32::new(2).unwrap(), fault(Act::Nan, Point::MidProof));
+    let worker = Worker::start(FaultPlan::from_iter([nan, nan.nth(second)])).await;
+    let client = worker.connect().await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(failure(prove(&client).await), ("non_finite".to_owned(), Severity::FatalForGroup));
+    }
+    assert!(matches!(client.closed().await, LostConnection::PeerHungUp));
+    assert_eq!(worker.end().await, ExitCause::Code(75));
+    worker.says("so that the weights are loaded again").await;
+}
+
+#[tokio::test]
 async fn a_poisoned_device_ends_the_worker() {
     let worker = Worker::start(fault(Act::Poison, Point::MidProof)).await;
     let client = worker.connect().await.unwrap();

@@ -213,7 +213,7 @@ impl Server {
             device: grail_model::Device::Cpu,
             dtype: None,
             threads: None,
-            batch_tokens: 16_384,
+            batch_tokens: None,
         };
         let arguments = ServeArguments {
             socket: socket.clone(),
@@ -570,7 +570,7 @@ async fn a_taken_socket_is_an_error() {
             device: grail_model::Device::Cpu,
             dtype: None,
             threads: None,
-            batch_tokens: 16_384,
+            batch_tokens: None,
         };
         let arguments = ServeArguments {
             socket: first.socket.clone(),

@@ -1,9 +1,9 @@
-//! Checks the libtorch that the build is given and writes where the finished programs find it.
+//! Checks the libtorch that the build is given, compiles what calls it in C++, and writes where the finished programs find it.
 //!
 //! The path goes in as `DT_RPATH` (`--disable-new-dtags`): `DT_RUNPATH` of an executable is not used for the libraries of
 //! its libraries, and `libtorch_cpu.so` has some.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The one version that the bindings are generated for.
 const TORCH_VERSION: &str = "2.11.0";
@@ -14,6 +14,7 @@ fn main() {
     match libtorch() {
         Ok(root) => {
             println!("cargo:rerun-if-changed={}", root.join("version.py").display());
+            compile_shim(&root);
             println!("cargo:rustc-link-arg=-Wl,--disable-new-dtags");
             println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN/../lib/grail-supervisor");
             println!("cargo:rustc-link-arg=-Wl,-rpath,{}", root.join("lib").display());
@@ -23,6 +24,22 @@ fn main() {
             println!("cargo::error={problem}");
         }
     }
+}
+
+/// Operators that the Rust bindings lack. They go through libtorch's dispatcher, so nothing of CUDA is needed here.
+fn compile_shim(root: &Path) {
+    println!("cargo:rerun-if-changed=csrc/torch_shim.cpp");
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .define("_GLIBCXX_USE_CXX11_ABI", "1")
+        .include(root.join("include"))
+        .include(root.join("include/torch/csrc/api/include"))
+        // Warnings of libtorch's headers are not ours.
+        .warnings(false)
+        .opt_level(1)
+        .file("csrc/torch_shim.cpp")
+        .compile("grail_torch_shim");
 }
 
 fn libtorch() -> Result<PathBuf, String> {

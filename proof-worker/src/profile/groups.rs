@@ -18,6 +18,8 @@ pub(crate) struct Synthetic {
     pub completion: Lengths,
     /// Longer lengths are cut to this.
     pub most_tokens: u32,
+    /// Length of one completion of the first group, whatever was drawn.
+    pub longest: Option<u32>,
     pub seed: u64,
 }
 
@@ -34,6 +36,14 @@ pub(crate) struct Groups {
     pub jobs: Vec<ProveJob>,
     /// In words.
     pub described: String,
+}
+
+impl Groups {
+    /// By group: tokens of the prompt, then of each completion.
+    pub(crate) fn lengths(&self) -> Vec<Vec<usize>> {
+        let of = |job: &ProveJob| std::iter::once(&job.prompt).chain(&job.completions).map(Vec::len).collect();
+        self.jobs.iter().map(of).collect()
+    }
 }
 
 impl Source {
@@ -56,8 +66,11 @@ impl Synthetic {
         let jobs = (0..self.groups)
             .map(|group| {
                 let prompt = self.tokens(self.prompt, vocab_size, &mut random);
-                let completions =
+                let mut completions: Vec<Vec<TokenId>> =
                     (0..ROLLOUTS_PER_PROBLEM).map(|_| self.tokens(self.completion, vocab_size, &mut random)).collect();
+                if let (0, Some(longest), Some(first)) = (group, self.longest, completions.first_mut()) {
+                    *first = drawn(longest, vocab_size, &mut random);
+                }
                 ProveJob {
                     group: GroupIndex(group.into()),
                     weights,
@@ -68,18 +81,22 @@ impl Synthetic {
                 }
             })
             .collect();
+        let longest = self.longest.map(|longest| format!(" with one of {longest}")).unwrap_or_default();
         let described = format!(
-            "synthetic, prompt {}, completion {}, at most {} tokens each, seed {}",
+            "synthetic, prompt {}, completion {}{longest}, at most {} tokens each, seed {}",
             self.prompt, self.completion, self.most_tokens, self.seed
         );
         Groups { jobs, described }
     }
 
     fn tokens(&self, lengths: Lengths, vocab_size: usize, random: &mut Random) -> Vec<TokenId> {
-        let length = lengths.draw(random, self.most_tokens);
-        let vocab_size = u64::try_from(vocab_size).unwrap_or(u64::MAX);
-        (0..length).map(|_| TokenId(u32::try_from(random.below(vocab_size)).unwrap_or_default())).collect()
+        drawn(lengths.draw(random, self.most_tokens), vocab_size, random)
     }
+}
+
+fn drawn(length: u32, vocab_size: usize, random: &mut Random) -> Vec<TokenId> {
+    let vocab_size = u64::try_from(vocab_size).unwrap_or(u64::MAX);
+    (0..length).map(|_| TokenId(u32::try_from(random.below(vocab_size)).unwrap_or_default())).collect()
 }
 
 fn recorded(path: &Path, weights: WeightsHash) -> Result<Groups, WorkerError> {
@@ -106,14 +123,18 @@ mod tests {
             prompt: "uniform:1-9".parse().unwrap(),
             completion: "lognormal:20,1".parse().unwrap(),
             most_tokens: 30,
+            longest: None,
             seed: 5,
         };
         let source = Source::Synthetic(synthetic.clone());
         let groups = source.groups(50, WeightsHash(1)).unwrap();
         assert_eq!(groups.jobs.len(), 3);
         assert_eq!(source.groups(50, WeightsHash(1)).unwrap().jobs, groups.jobs);
-        let other = Source::Synthetic(Synthetic { seed: 6, ..synthetic });
+        let other = Source::Synthetic(Synthetic { seed: 6, ..synthetic.clone() });
         assert_ne!(other.groups(50, WeightsHash(1)).unwrap().jobs, groups.jobs);
+        let outlier = Source::Synthetic(Synthetic { longest: Some(70), ..synthetic });
+        let lengths = outlier.groups(50, WeightsHash(1)).unwrap().lengths();
+        assert_eq!((lengths[0][1], lengths[1][1] <= 30, lengths[0].len()), (70, true, 17));
         for job in &groups.jobs {
             assert_eq!(job.completions.len(), 16);
             for tokens in job.completions.iter().chain([&job.prompt]) {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use grail_ipc::jobs::ProveJob;
 use grail_model::measure::{MatrixProduct, cuda_memory};
 use grail_model::stages::{Span, Stage, record};
-use grail_model::{Device, Dtype, LoadOptions, Model, ModelConfig, ProofModel};
+use grail_model::{Device, Dtype, Model, ModelConfig, ProofModel};
 
 use super::Plan;
 use super::report::{MatrixProductReport, StageReport, milliseconds};
@@ -14,12 +14,16 @@ use super::run::{Measured, Sample};
 use super::trace::Event;
 use crate::cli::ProfileArguments;
 use crate::error::WorkerError;
-use crate::prover::Prover;
+use crate::prover::{ComputeError, Prover, Proving};
 use crate::torch::{TorchLoader, TorchProver};
 
 /// Rows of the measured matrix product: what fills a GPU takes a CPU minutes.
 const GPU_PRODUCT: usize = 8_192;
 const CPU_PRODUCT: usize = 1_024;
+
+/// How long products follow each other without a pause to see what the card keeps up: its clock falls within a fraction of a
+/// second when the power limit is reached.
+const SUSTAINED: Duration = Duration::from_secs(1);
 
 /// Seed of random weights.
 const WEIGHTS_SEED: u32 = 1;
@@ -30,6 +34,14 @@ pub(crate) struct Local {
     prover: TorchProver,
     /// As the command line named it.
     pub name: String,
+}
+
+/// Groups that were begun together.
+struct Batch<'j> {
+    /// From the beginning of the pass.
+    start: Duration,
+    groups: &'j [&'j ProveJob],
+    proving: Box<dyn Proving>,
 }
 
 /// The pass in which stages were timed.
@@ -44,12 +56,12 @@ impl Local {
     /// # Errors
     /// As the loader; [`WorkerError::RandomModel`] if a shape does not fit the device.
     pub(crate) fn load(arguments: &ProfileArguments) -> Result<Self, WorkerError> {
-        let loader = TorchLoader::on(arguments.device, arguments.dtype, arguments.threads)?;
+        let loader = TorchLoader::on(arguments.device, arguments.dtype, arguments.threads)?
+            .with_batch_tokens(arguments.batch_tokens);
         let (model, name) = match (&arguments.folder, arguments.shape) {
             (Some(folder), _) => (loader.load_model(folder)?, folder.display().to_string()),
             (None, Some(shape)) => {
-                let options = LoadOptions { dtype: arguments.dtype, ..LoadOptions::on(arguments.device) };
-                let model = Model::random(shape.config(), &options, WEIGHTS_SEED)
+                let model = Model::random(shape.config(), &loader.options(), WEIGHTS_SEED)
                     .map_err(|source| WorkerError::RandomModel { shape: shape.to_string(), source })?;
                 (ProofModel::new(Arc::new(model)), format!("{shape} with random weights"))
             }
@@ -76,27 +88,61 @@ impl Local {
         self.model.weights_hash()
     }
 
-    /// Proves all groups as often as the plan says, one after the other.
+    /// Proves all groups as often as the plan says, as a worker does that always has requests waiting: as many groups together as
+    /// fit a batch, and the next batch begun while one is computed.
     ///
     /// # Errors
     /// [`WorkerError::Group`] with the group that could not be proved.
     pub(crate) fn measure(&self, plan: &Plan, jobs: &[ProveJob]) -> Result<Measured, WorkerError> {
-        for _ in 0..plan.warm_up {
-            for job in jobs {
-                self.prove(job)?;
-            }
-        }
+        self.pass(&repeated(plan.warm_up, jobs))?;
+        self.pass(&repeated(plan.repeats, jobs))
+    }
+
+    fn pass(&self, jobs: &[&ProveJob]) -> Result<Measured, WorkerError> {
         let began = Instant::now();
-        let mut samples = Vec::new();
-        for _ in 0..plan.repeats {
-            for job in jobs {
-                let started = Instant::now();
-                self.prove(job)?;
-                let (start, length) = (started.duration_since(began), started.elapsed());
-                samples.push(Sample { group: job.group, lane: 0, start, length });
+        let mut samples = Vec::with_capacity(jobs.len());
+        let mut running: Option<Batch<'_>> = None;
+        // Since when the device can have worked on the batch that is finished next.
+        let mut free_since = Duration::ZERO;
+        let mut rest = jobs;
+        loop {
+            let (groups, others) = rest.split_at(together(rest, self.prover.batch_tokens()));
+            rest = others;
+            let begun = (!groups.is_empty()).then(|| Batch {
+                start: began.elapsed(),
+                groups,
+                proving: self.prover.begin(groups),
+            });
+            let is_last = begun.is_none();
+            if let Some(batch) = std::mem::replace(&mut running, begun) {
+                let start = batch.start.max(free_since);
+                let groups = batch.groups;
+                for (group, result) in groups.iter().zip(batch.proving.finish()) {
+                    result.map_err(|error| refused(group, &error))?;
+                }
+                free_since = began.elapsed();
+                // Groups that are proved together share the time.
+                let length = (free_since - start) / u32::try_from(groups.len()).unwrap_or(u32::MAX);
+                samples.extend(groups.iter().zip(0..).map(|(job, place)| Sample {
+                    group: job.group,
+                    lane: 0,
+                    start: start + length * place,
+                    length,
+                }));
+            }
+            if is_last {
+                return Ok(Measured { samples, wall: began.elapsed() });
             }
         }
-        Ok(Measured { samples, wall: began.elapsed() })
+    }
+
+    /// Groups that are under way at once.
+    pub(crate) fn in_flight(&self, jobs: &[ProveJob]) -> u32 {
+        let jobs: Vec<&ProveJob> = jobs.iter().collect();
+        match self.device() {
+            Device::Cpu => 1,
+            Device::Cuda(_) => 2 * u32::try_from(together(&jobs, self.prover.batch_tokens())).unwrap_or(u32::MAX),
+        }
     }
 
     /// One more pass with a wait for the device around each stage. `offset` is where it begins in the trace.
@@ -107,14 +153,19 @@ impl Local {
         let began = Instant::now();
         let (mut spans, mut events): (Vec<Span>, Vec<Event>) = (Vec::new(), Vec::new());
         let mut total = Duration::ZERO;
-        for job in jobs {
+        let jobs: Vec<&ProveJob> = jobs.iter().collect();
+        let mut rest = jobs.as_slice();
+        while !rest.is_empty() {
+            let (groups, others) = rest.split_at(together(rest, self.prover.batch_tokens()));
+            rest = others;
             let start = offset + began.elapsed();
             let started = Instant::now();
-            let (proved, recorded) = record(self.device(), || self.prove(job));
+            let (proved, recorded) = record(self.device(), || self.pass(groups));
             let length = started.elapsed();
             proved?;
             total += length;
-            let name = format!("group {} in stages", job.group);
+            let numbers: Vec<String> = groups.iter().map(|job| job.group.to_string()).collect();
+            let name = format!("group {} in stages", numbers.join(", "));
             events.push(Event { name, category: "group", lane: 1, start, length });
             events.extend(recorded.iter().map(|span| Event {
                 name: span.stage.name().to_owned(),
@@ -128,20 +179,22 @@ impl Local {
         Ok(Staged { stages: table(&spans, total, jobs.len()), events })
     }
 
-    fn prove(&self, job: &ProveJob) -> Result<(), WorkerError> {
-        let failed =
-            |error: crate::prover::ComputeError| WorkerError::Group { group: job.group, detail: error.to_string() };
-        self.prover.prove(job).map(drop).map_err(failed)
-    }
-
-    /// The yardstick: a square product on the same device in the same precision.
+    /// The yardstick: a square product on the same device in the same precision, and what a GPU keeps up of it.
     ///
     /// # Errors
     /// [`WorkerError::Yardstick`].
-    pub(crate) fn matrix_product(&self) -> Result<MatrixProductReport, WorkerError> {
+    pub(crate) fn matrix_product(&self, is_sustained_too: bool) -> Result<MatrixProductReport, WorkerError> {
         let size = if self.device() == Device::Cpu { CPU_PRODUCT } else { GPU_PRODUCT };
         let product = MatrixProduct::measure(self.device(), self.dtype(), size).map_err(WorkerError::Yardstick)?;
-        Ok(MatrixProductReport { size, tflops: product.flop_per_second() / 1e12 })
+        let tflops = product.flop_per_second() / 1e12;
+        let sustained_tflops = match self.device() {
+            Device::Cuda(_) if is_sustained_too => {
+                let sustained = MatrixProduct::measure_sustained(self.device(), self.dtype(), size, SUSTAINED);
+                Some(sustained.map_err(WorkerError::Yardstick)?.flop_per_second() / 1e12)
+            }
+            Device::Cpu | Device::Cuda(_) => None,
+        };
+        Ok(MatrixProductReport { size, tflops, sustained_tflops })
     }
 
     /// Used and total bytes of a GPU; a note where they cannot be had.
@@ -159,6 +212,24 @@ impl Local {
     }
 }
 
+fn repeated(times: u32, jobs: &[ProveJob]) -> Vec<&ProveJob> {
+    (0..times).flat_map(|_| jobs).collect()
+}
+
+/// How many of the first groups fit one batch; a group that does not fit goes alone.
+fn together(jobs: &[&ProveJob], budget: usize) -> usize {
+    let mut tokens = 0;
+    let fits = |job: &&&ProveJob| {
+        tokens += job.tokens();
+        tokens <= budget
+    };
+    jobs.iter().take_while(fits).count().max(1).min(jobs.len())
+}
+
+fn refused(job: &ProveJob, error: &ComputeError) -> WorkerError {
+    WorkerError::Group { group: job.group, detail: error.to_string() }
+}
+
 /// Each stage's own time, and what is left.
 fn table(spans: &[Span], total: Duration, groups: usize) -> Vec<StageReport> {
     let row = |stage: &'static str, time: Duration| StageReport {
@@ -167,7 +238,9 @@ fn table(spans: &[Span], total: Duration, groups: usize) -> Vec<StageReport> {
         share: time.as_secs_f64() / total.as_secs_f64().max(f64::MIN_POSITIVE),
     };
     let own = |stage: Stage| spans.iter().filter(|span| span.stage == stage).map(Span::own).sum::<Duration>();
-    let mut rows: Vec<StageReport> = Stage::ALL.into_iter().map(|stage| row(stage.name(), own(stage))).collect();
+    let ran = |stage: &Stage| spans.iter().any(|span| span.stage == *stage);
+    let mut rows: Vec<StageReport> =
+        Stage::ALL.into_iter().filter(ran).map(|stage| row(stage.name(), own(stage))).collect();
     let staged: Duration = spans.iter().map(Span::own).sum();
     rows.push(row("other", total.saturating_sub(staged)));
     rows
@@ -176,6 +249,24 @@ fn table(spans: &[Span], total: Duration, groups: usize) -> Vec<StageReport> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn groups_go_together_as_far_as_they_fit() {
+        let job = |tokens: usize| ProveJob {
+            group: grail_protocol::ids::GroupIndex(0),
+            weights: grail_protocol::ids::WeightsHash(0),
+            randomness: vec![],
+            eos_token: grail_protocol::ids::TokenId(0),
+            prompt: vec![grail_protocol::ids::TokenId(0); tokens],
+            completions: vec![],
+        };
+        let jobs = [job(6), job(4), job(1)];
+        let jobs: Vec<&ProveJob> = jobs.iter().collect();
+        for (budget, count) in [(0, 1), (6, 1), (9, 1), (10, 2), (11, 3), (50, 3)] {
+            assert_eq!(together(&jobs, budget), count, "{budget}");
+        }
+        assert_eq!(together(&[], 10), 0);
+    }
 
     #[test]
     fn shares_add_up_and_nested_stages_count_once() {

@@ -1,5 +1,6 @@
 //! `profile`: how fast groups are proved, and where the time goes.
 
+mod cases;
 mod flop;
 mod groups;
 mod lengths;
@@ -44,6 +45,9 @@ pub(crate) struct Plan {
 /// # Errors
 /// [`WorkerError`].
 pub fn run(arguments: &ProfileArguments) -> Result<(), WorkerError> {
+    if let Some(cases) = &arguments.cases {
+        return cases::run(arguments, cases);
+    }
     let report = match &arguments.connect {
         Some(socket) => profile_remote(arguments, socket)?,
         None => profile_local(arguments)?,
@@ -69,6 +73,7 @@ fn source(arguments: &ProfileArguments) -> Source {
             prompt: arguments.prompt,
             completion: arguments.completion,
             most_tokens: arguments.max_tokens,
+            longest: arguments.longest,
             seed: arguments.seed,
         }),
     }
@@ -81,18 +86,35 @@ fn plan(arguments: &ProfileArguments) -> Plan {
 fn profile_local(arguments: &ProfileArguments) -> Result<Report, WorkerError> {
     let local = Local::load(arguments)?;
     let groups = source(arguments).groups(local.config().vocab_size, local.weights())?;
-    let measured = local.measure(&plan(arguments), &groups.jobs)?;
-    let Staged { stages, events } = local.stages(&groups.jobs, measured.wall)?;
-    if let Some(path) = &arguments.trace {
+    local_report(&local, plan(arguments), &groups, true, arguments.trace.as_deref())
+}
+
+/// Measures a model in this process; with `in_depth` also its stages and what the device keeps up.
+fn local_report(
+    local: &Local,
+    plan: Plan,
+    groups: &Groups,
+    in_depth: bool,
+    trace: Option<&Path>,
+) -> Result<Report, WorkerError> {
+    let measured = local.measure(&plan, &groups.jobs)?;
+    // Before anything else, while the device is as warm as the passes left it.
+    let product = local.matrix_product(in_depth)?;
+    let mut notes = Vec::new();
+    let staged = in_depth.then(|| local.stages(&groups.jobs, measured.wall)).transpose()?;
+    if in_depth {
+        notes.push("stages are of one more pass, which waits for the device around each of them".to_owned());
+    }
+    let (stages, events) = staged.map_or((None, Vec::new()), |Staged { stages, events }| (Some(stages), events));
+    if let Some(path) = trace {
         trace::write(path, &[measured.events(), events].concat())?;
     }
-    let product = local.matrix_product()?;
-    let mut notes = vec!["stages are of one more pass, which waits for the device around each of them".to_owned()];
     let device_memory = local.device_memory().unwrap_or_else(|note| {
         notes.push(note.to_owned());
         None
     });
-    let mut report = report(arguments, &groups, &measured, Some(local.config()));
+    let mut report = report(plan, groups, &measured, Some(local.config()));
+    report.in_flight = local.in_flight(&groups.jobs);
     report.share_of_matrix_product = report.useful_tflops.map(|tflops| tflops / product.tflops);
     Ok(Report {
         model: local.name.clone(),
@@ -103,7 +125,7 @@ fn profile_local(arguments: &ProfileArguments) -> Result<Report, WorkerError> {
         peak_resident_bytes: peak_resident_bytes(),
         device_used_bytes: device_memory.map(|(used, _)| used),
         device_total_bytes: device_memory.map(|(_, total)| total),
-        stages: Some(stages),
+        stages,
         notes,
         ..report
     })
@@ -139,7 +161,7 @@ fn profile_remote(arguments: &ProfileArguments, socket: &Path) -> Result<Report,
         in_flight: IN_FLIGHT,
         peak_resident_bytes: Some(remote.resident_bytes()?),
         notes,
-        ..report(arguments, &groups, &measured, config.as_ref())
+        ..report(plan(arguments), &groups, &measured, config.as_ref())
     })
 }
 
@@ -154,8 +176,12 @@ fn remote_config(arguments: &ProfileArguments) -> Result<Option<ModelConfig>, Wo
 }
 
 /// What both kinds of profile have in common; the rest is unset.
-fn report(arguments: &ProfileArguments, groups: &Groups, measured: &Measured, config: Option<&ModelConfig>) -> Report {
-    let Plan { warm_up, repeats } = plan(arguments);
+fn report(
+    Plan { warm_up, repeats }: Plan,
+    groups: &Groups,
+    measured: &Measured,
+    config: Option<&ModelConfig>,
+) -> Report {
     let jobs = &groups.jobs;
     let sum = |count: fn(&ProveJob) -> usize| jobs.iter().map(count).sum::<usize>();
     let rollouts = sum(|job| job.completions.len());
@@ -174,6 +200,7 @@ fn report(arguments: &ProfileArguments, groups: &Groups, measured: &Measured, co
             rollouts,
             prompt_tokens: sum(|job| job.prompt.len()),
             completion_tokens: sum(ProveJob::completion_tokens),
+            lengths: None,
         },
         warm_up,
         repeats,

@@ -51,6 +51,9 @@ pub struct GroupsReport {
     pub rollouts: usize,
     pub prompt_tokens: usize,
     pub completion_tokens: usize,
+    /// By group: tokens of the prompt, then of each completion; unset where only the sums matter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lengths: Option<Vec<Vec<usize>>>,
 }
 
 /// Milliseconds that one group takes.
@@ -65,7 +68,10 @@ pub struct GroupTimes {
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct MatrixProductReport {
     pub size: usize,
+    /// Median of some products with a wait behind each.
     pub tflops: f64,
+    /// Mean over a second of products without a pause, for which a GPU lowers its clock; unset on a CPU.
+    pub sustained_tflops: Option<f64>,
 }
 
 /// One stage.
@@ -102,7 +108,7 @@ impl Report {
             // Writing to a text cannot fail.
             writeln!(text, "{name:<22}{value}").unwrap_or_default();
         };
-        let GroupsReport { source, groups, rollouts, prompt_tokens, completion_tokens } = &self.groups;
+        let GroupsReport { source, groups, rollouts, prompt_tokens, completion_tokens, .. } = &self.groups;
         line("model", format!("{}, weights {}", self.model, self.weights));
         let dtype = self.dtype.as_ref().map(|dtype| format!(", {dtype}")).unwrap_or_default();
         line("device", format!("{}{dtype}", self.device));
@@ -124,8 +130,10 @@ impl Report {
         if let Some(tflops) = self.useful_tflops {
             line("useful TFLOP/s", format!("{tflops:.3}"));
         }
-        if let Some(MatrixProductReport { size, tflops }) = self.matrix_product {
-            line("matrix product", format!("{tflops:.3} TFLOP/s at {size} x {size} x {size}, same process"));
+        if let Some(MatrixProductReport { size, tflops, sustained_tflops }) = self.matrix_product {
+            let sustained =
+                sustained_tflops.map(|tflops| format!(", {tflops:.0} for a second on end")).unwrap_or_default();
+            line("matrix product", format!("{tflops:.3} TFLOP/s at {size} x {size} x {size}, same process{sustained}"));
         }
         if let Some(share) = self.share_of_matrix_product {
             line("share of it", format!("{:.1} %", share * 100.0));

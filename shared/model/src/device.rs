@@ -57,6 +57,16 @@ impl Device {
         }
     }
 
+    /// Tokens of one packed batch: two groups of usual length on a GPU, whose matrix products want many rows; a GPU with less
+    /// memory takes what fits.
+    #[must_use]
+    pub const fn default_batch_tokens(self) -> usize {
+        match self {
+            Self::Cpu => 16_384,
+            Self::Cuda(_) => 32_768,
+        }
+    }
+
     /// # Errors
     /// [`LoadError::NoDevice`] for a GPU that libtorch does not see.
     pub(crate) fn check(self) -> Result<(), LoadError> {

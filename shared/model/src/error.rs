@@ -165,4 +165,23 @@ impl ProveError {
             Self::Torch(error)
         }
     }
+
+    /// The same error for another group of the batch that failed.
+    pub(crate) fn repeated(&self) -> Self {
+        match self {
+            Self::OutOfMemory { tokens, detail } => Self::OutOfMemory { tokens: *tokens, detail: detail.clone() },
+            Self::Poisoned { detail } => Self::Poisoned { detail: detail.clone() },
+            Self::NonFinite { member, position } => Self::NonFinite { member: *member, position: *position },
+            Self::BadRequest { detail } => Self::BadRequest { detail: detail.clone() },
+            Self::Torch(error) => Self::Torch(error.clone()),
+        }
+    }
+
+    /// The same error with members numbered from `first`.
+    pub(crate) fn of_members_from(self, first: usize) -> Self {
+        match self {
+            Self::NonFinite { member, position } => Self::NonFinite { member: member.saturating_sub(first), position },
+            other => other,
+        }
+    }
 }

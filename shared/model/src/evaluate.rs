@@ -1,21 +1,16 @@
 //! One packed forward pass over groups of rollouts, and what proving and verifying read from it.
 
 use grail_protocol::ids::TokenId;
-use tch::{Kind, TchError, Tensor};
+use tch::{TchError, Tensor};
 
-use crate::device::Device;
+use crate::cuda::{Engine, engine};
 use crate::error::ProveError;
-use crate::model::{Model, host_f32};
+use crate::logits::LogitReader;
+use crate::model::Model;
 use crate::packed::{PackedBatch, SegmentIndex};
+use crate::running::{Part, Pending, Running};
 use crate::sketch::{SelectedBuckets, SketchError};
 use crate::stages::{Stage, stage};
-
-/// Logits made at once on a GPU, in elements: bounds the memory of the output matrix's product and of its f32 copy.
-const GPU_LOGIT_ELEMENTS: usize = 1 << 26;
-/// The same on a CPU: a few megabytes stay in the cache.
-const CPU_LOGIT_ELEMENTS: usize = 1 << 20;
-/// Fewest rows of logits made at once, however large the vocabulary: with fewer the product is slow.
-const LEAST_LOGIT_ROWS: usize = 128;
 
 /// One rollout to evaluate; rollouts with an equal prompt that stand side by side share its rows.
 #[derive(Debug, Clone, Copy)]
@@ -53,7 +48,8 @@ pub(crate) struct BatchResult {
     /// Place of the batch's first rollout among all.
     pub first: usize,
     pub buckets: SelectedBuckets,
-    pub rollouts: Vec<Evaluated>,
+    /// By rollout of the batch; one whose hidden states or logits are not finite has none.
+    pub rollouts: Vec<Result<Evaluated, ProveError>>,
 }
 
 /// Evaluates all rollouts in order, in batches of at most the model's token budget.
@@ -61,18 +57,35 @@ pub(crate) struct BatchResult {
 /// # Errors
 /// [`ProveError`]; members are numbered as in `rollouts`.
 pub(crate) fn evaluate(model: &Model, rollouts: &[Rollout<'_>]) -> Result<Vec<BatchResult>, ProveError> {
-    for (member, rollout) in rollouts.iter().enumerate() {
-        check(model, member, rollout)?;
-    }
+    check_all(model, rollouts)?;
+    begin(model, rollouts)?.finish()
+}
+
+/// As [`evaluate`] for rollouts that were checked; on a GPU the results are still to come when it returns.
+///
+/// # Errors
+/// As [`evaluate`].
+pub(crate) fn begin(model: &Model, rollouts: &[Rollout<'_>]) -> Result<Running, ProveError> {
     let _guard = tch::no_grad_guard();
-    let mut results = Vec::new();
+    let engine = engine(model.config(), model.device(), model.dtype());
+    let budget = engine.as_ref().map_or(model.batch_tokens(), |engine| engine.most_rows(model.batch_tokens()));
+    let evaluation = Evaluation { model, engine: engine.as_deref(), rollouts };
+    let mut parts = Vec::new();
     let mut first = 0;
-    for size in batch_sizes(rollouts, model.batch_tokens()) {
+    for size in batch_sizes(rollouts, budget) {
         let end = first + size;
-        evaluate_halving(model, rollouts, first..end, &mut results)?;
+        evaluation.run_halving(first..end, &mut parts)?;
         first = end;
     }
-    Ok(results)
+    Ok(Running::new(parts))
+}
+
+/// Whether every rollout can be evaluated.
+///
+/// # Errors
+/// [`ProveError::BadRequest`] with the number of the first that cannot.
+pub(crate) fn check_all(model: &Model, rollouts: &[Rollout<'_>]) -> Result<(), ProveError> {
+    rollouts.iter().enumerate().try_for_each(|(member, rollout)| check(model, member, rollout))
 }
 
 fn check(model: &Model, member: usize, rollout: &Rollout<'_>) -> Result<(), ProveError> {
@@ -118,25 +131,41 @@ fn batch_sizes(rollouts: &[Rollout<'_>], budget: usize) -> Vec<usize> {
     sizes
 }
 
-/// One batch; in two halves if the device has no memory for it, down to one rollout.
-fn evaluate_halving(
-    model: &Model,
-    rollouts: &[Rollout<'_>],
-    range: std::ops::Range<usize>,
-    results: &mut Vec<BatchResult>,
-) -> Result<(), ProveError> {
-    let members = rollouts.get(range.clone()).unwrap_or_default();
-    match Pack::new(members).run(model, range.start) {
-        Ok(result) => results.push(result),
-        Err(ProveError::OutOfMemory { tokens, detail }) if members.len() > 1 => {
-            tracing::warn!(tokens, members = members.len(), error = detail, "Out of device memory; halving the batch.");
-            let middle = range.start + members.len() / 2;
-            evaluate_halving(model, rollouts, range.start..middle, results)?;
-            evaluate_halving(model, rollouts, middle..range.end, results)?;
+struct Evaluation<'a> {
+    model: &'a Model,
+    engine: Option<&'a Engine>,
+    rollouts: &'a [Rollout<'a>],
+}
+
+impl Evaluation<'_> {
+    /// One batch; in two halves if the device has no memory for it, down to one rollout.
+    fn run_halving(&self, range: std::ops::Range<usize>, parts: &mut Vec<Part>) -> Result<(), ProveError> {
+        let members = self.rollouts.get(range.clone()).unwrap_or_default();
+        let pack = Pack::new(members);
+        let result = match self.engine {
+            Some(engine) => pack.launch(self.model, engine, range.start).map(Part::OnDevice),
+            None => pack.run(self.model, range.start).map(Part::Done),
+        };
+        match result {
+            Ok(part) => parts.push(part),
+            Err(ProveError::OutOfMemory { tokens, detail }) if members.len() > 1 => {
+                tracing::warn!(
+                    tokens,
+                    members = members.len(),
+                    error = detail,
+                    "Out of device memory; halving the batch."
+                );
+                if let Some(engine) = self.engine {
+                    engine.halve(tokens);
+                }
+                let middle = range.start + members.len() / 2;
+                self.run_halving(range.start..middle, parts)?;
+                self.run_halving(middle..range.end, parts)?;
+            }
+            Err(error) => return Err(error),
         }
-        Err(error) => return Err(error),
+        Ok(())
     }
-    Ok(())
 }
 
 /// A batch and where each rollout's segments are.
@@ -174,7 +203,28 @@ impl<'a> Pack<'a> {
             SketchError::Torch(error) => torch(error),
         })?;
         let rollouts = stage(Stage::Head, || self.read(model, &hidden)).map_err(torch)?;
-        Ok(BatchResult { first, buckets, rollouts })
+        Ok(BatchResult { first, buckets, rollouts: rollouts.into_iter().map(Ok).collect() })
+    }
+
+    /// Has a GPU's engine compute the batch, without waiting for it unless sampling's probabilities are wanted.
+    fn launch(&self, model: &Model, engine: &Engine, first: usize) -> Result<Pending, ProveError> {
+        let torch = |error| ProveError::classify(error, self.batch.len());
+        let mut pending = Pending::new(first, self.batch.len());
+        for (member, place) in self.members.iter().zip(&self.places) {
+            let rows = self.logit_rows(*place);
+            let segments = (place.0.map(|prompt| self.batch.segment(prompt)), self.batch.segment(place.1));
+            pending.push(member, segments, &rows);
+        }
+        let chosen = |hidden: &Tensor| {
+            let reader = LogitReader { model, hidden };
+            let sampled = self.members.iter().zip(&self.places).map(|(member, place)| match member.sampling {
+                None => Ok(Vec::new()),
+                Some(sampling) => reader.chosen_probabilities(member, &self.logit_rows(*place), sampling),
+            });
+            stage(Stage::Head, || sampled.collect::<Result<Vec<_>, _>>())
+        };
+        let launched = engine.launch(model.network(), &self.batch, pending.predictions(), chosen).map_err(torch)?;
+        Ok(pending.launched(launched))
     }
 
     /// Names the member and its position that row `row` of the batch belongs to.
@@ -218,7 +268,7 @@ impl<'a> Pack<'a> {
             evaluated.push(Evaluated {
                 prompt_rows: prompt.map(|index| self.batch.segment(index).rows.clone()).unwrap_or_default(),
                 completion_rows: self.batch.segment(*completion).rows.clone(),
-                logprobs: after_missing_row(member, logprobs, f32::NEG_INFINITY),
+                logprobs: after_missing_row(member.prompt.is_empty(), logprobs, f32::NEG_INFINITY),
                 eos_probability,
                 chosen_probabilities,
             });
@@ -228,155 +278,14 @@ impl<'a> Pack<'a> {
 }
 
 /// Puts `value` where a completion token has no logits row: the first token of a sequence without a prompt.
-fn after_missing_row(member: &Rollout<'_>, mut values: Vec<f32>, value: f32) -> Vec<f32> {
-    if member.prompt.is_empty() {
+pub(crate) fn after_missing_row(has_no_prompt: bool, mut values: Vec<f32>, value: f32) -> Vec<f32> {
+    if has_no_prompt {
         values.insert(0, value);
     }
     values
 }
 
 /// Tokens whose probability the member's logits rows give, in order.
-fn targets(member: &Rollout<'_>) -> impl Iterator<Item = i64> {
+pub(crate) fn targets(member: &Rollout<'_>) -> impl Iterator<Item = i64> {
     member.completion.iter().skip(usize::from(member.prompt.is_empty())).map(|token| i64::from(token.0))
-}
-
-/// Reads logits of hidden states in chunks of bounded size.
-struct LogitReader<'a> {
-    model: &'a Model,
-    hidden: &'a Tensor,
-}
-
-impl LogitReader<'_> {
-    fn chunk_rows(&self) -> usize {
-        let elements = match self.model.device() {
-            Device::Cpu => CPU_LOGIT_ELEMENTS,
-            Device::Cuda(_) => GPU_LOGIT_ELEMENTS,
-        };
-        (elements / self.model.config().vocab_size).max(LEAST_LOGIT_ROWS)
-    }
-
-    fn on_device(&self, values: &[i64]) -> Result<Tensor, TchError> {
-        stage(Stage::Upload, || Tensor::f_from_slice(values)?.f_to_device(self.model.device().torch()))
-    }
-
-    /// Logits of some rows in the model's dtype.
-    fn logits(&self, rows: &[i64]) -> Result<Tensor, TchError> {
-        self.model.network().logits(&self.hidden.f_index_select(0, &self.on_device(rows)?)?)
-    }
-
-    /// By member: softmax of its last logits row at the EOS token, in the model's dtype; 0 if it has no row.
-    fn eos_probabilities(&self, members: &[Rollout<'_>], rows: &[Vec<i64>]) -> Result<Vec<f32>, TchError> {
-        let mut probabilities = vec![0.0; members.len()];
-        let with_row: Vec<(usize, i64, i64)> = members
-            .iter()
-            .zip(rows)
-            .enumerate()
-            .filter_map(|(at, (member, rows))| Some((at, *rows.last()?, i64::from(member.eos_token.0))))
-            .collect();
-        for chunk in with_row.chunks(self.chunk_rows()) {
-            let rows: Vec<i64> = chunk.iter().map(|(_, row, _)| *row).collect();
-            let eos: Vec<i64> = chunk.iter().map(|(_, _, eos)| *eos).collect();
-            let chosen = self.logits(&rows)?.f_softmax(-1, None)?.f_gather(
-                -1,
-                &self.on_device(&eos)?.f_unsqueeze(-1)?,
-                false,
-            )?;
-            for ((at, _, _), value) in chunk.iter().zip(host_f32(&chosen)?) {
-                if let Some(slot) = probabilities.get_mut(*at) {
-                    *slot = value;
-                }
-            }
-        }
-        Ok(probabilities)
-    }
-
-    /// By member: log-softmax in f32 at each of its tokens that has a logits row.
-    fn logprobs(&self, members: &[Rollout<'_>], rows: &[Vec<i64>]) -> Result<Vec<Vec<f32>>, TchError> {
-        let flat_rows: Vec<i64> = rows.iter().flatten().copied().collect();
-        let flat_targets: Vec<i64> = members.iter().flat_map(targets).collect();
-        let mut chosen = Vec::new();
-        for (rows, targets) in flat_rows.chunks(self.chunk_rows()).zip(flat_targets.chunks(self.chunk_rows())) {
-            let logprobs = self.logits(rows)?.f_log_softmax(-1, Kind::Float)?;
-            chosen.push(logprobs.f_gather(-1, &self.on_device(targets)?.f_unsqueeze(-1)?, false)?);
-        }
-        if chosen.is_empty() {
-            return Ok(vec![Vec::new(); members.len()]);
-        }
-        // One read-back for the batch: each waits for the device.
-        let values = host_f32(&Tensor::f_cat(&chosen, 0)?)?;
-        let mut rest = values.as_slice();
-        Ok(rows
-            .iter()
-            .map(|rows| {
-                let (own, others) = rest.split_at(rows.len());
-                rest = others;
-                own.to_vec()
-            })
-            .collect())
-    }
-
-    /// Probability of each completion token after repetition penalty over all tokens before it and after temperature.
-    fn chosen_probabilities(
-        &self,
-        member: &Rollout<'_>,
-        rows: &[i64],
-        sampling: Sampling,
-    ) -> Result<Vec<f32>, TchError> {
-        let targets: Vec<i64> = targets(member).collect();
-        let penalty = RepetitionPenalty::new(self, member, sampling.repetition_penalty)?;
-        // Logits row r (0-based among the member's) stands behind this many tokens.
-        let first_prefix = member.prompt.len().max(1);
-        let mut probabilities = Vec::with_capacity(member.completion.len());
-        for (index, (rows, targets)) in
-            rows.chunks(self.chunk_rows()).zip(targets.chunks(self.chunk_rows())).enumerate()
-        {
-            let mut scores = self.logits(rows)?.f_to_kind(Kind::Float)?;
-            if let Some(penalty) = &penalty {
-                let prefix = (first_prefix + index * self.chunk_rows()) as i64;
-                scores = penalty.apply(&scores, prefix)?;
-            }
-            if sampling.temperature != 1.0 {
-                scores = scores.f_div_scalar(sampling.temperature)?;
-            }
-            let targets = self.on_device(targets)?.f_unsqueeze(-1)?;
-            probabilities.extend(host_f32(&scores.f_softmax(-1, None)?.f_gather(-1, &targets, false)?)?);
-        }
-        Ok(after_missing_row(member, probabilities, 0.0))
-    }
-}
-
-/// The rule of transformers: the score of every token that occurred before is multiplied with the penalty if negative and
-/// divided by it otherwise, once however often the token occurred.
-struct RepetitionPenalty {
-    penalty: f64,
-    /// `[1, vocab]`: index of the token's first occurrence in the sequence, or its length.
-    first_occurrence: Tensor,
-}
-
-impl RepetitionPenalty {
-    /// `None` if the penalty changes nothing.
-    fn new(reader: &LogitReader<'_>, member: &Rollout<'_>, penalty: f64) -> Result<Option<Self>, TchError> {
-        if penalty == 1.0 {
-            return Ok(None);
-        }
-        let length = member.prompt.len() + member.completion.len();
-        let mut first = vec![length as i64; reader.model.config().vocab_size];
-        for (position, token) in member.prompt.iter().chain(member.completion).enumerate() {
-            if let Some(slot) = first.get_mut(token.0 as usize) {
-                *slot = (*slot).min(position as i64);
-            }
-        }
-        Ok(Some(Self { penalty, first_occurrence: reader.on_device(&first)?.f_unsqueeze(0)? }))
-    }
-
-    /// * `scores`: `[rows, vocab]`, f32; the first row stands behind `prefix` tokens, each next one behind one more.
-    fn apply(&self, scores: &Tensor, prefix: i64) -> Result<Tensor, TchError> {
-        let lengths = Tensor::f_arange_start(prefix, prefix + scores.size()[0], (Kind::Int64, scores.device()))?
-            .f_unsqueeze(1)?;
-        let seen = self.first_occurrence.f_lt_tensor(&lengths)?;
-        let multiplied = scores.f_mul_scalar(self.penalty)?;
-        let divided = scores.f_div_scalar(self.penalty)?;
-        let penalised = multiplied.f_where_self(&scores.f_lt(0.0)?, &divided)?;
-        penalised.f_where_self(&seen, scores)
-    }
 }

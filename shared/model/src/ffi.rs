@@ -1,5 +1,5 @@
-//! The crate's only unsafe code: mapping files, bytes of tensors, loading libtorch's CUDA library, asking it for its memory, and a
-//! loop for processors with fused multiply-add.
+//! The crate's unsafe code outside [`crate::cuda`]: mapping files, bytes of tensors, loading libtorch's CUDA library, asking it
+//! for its memory, and a loop for processors with fused multiply-add.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;

@@ -47,6 +47,31 @@ impl MatrixProduct {
         Ok(Self { size, time })
     }
 
+    /// Measures products that follow each other without a pause for about `length`: what a device keeps up when its power or heat
+    /// limits it.
+    ///
+    /// # Errors
+    /// As [`MatrixProduct::measure`].
+    pub fn measure_sustained(device: Device, dtype: Dtype, size: usize, length: Duration) -> Result<Self, TorchError> {
+        let _guard = tch::no_grad_guard();
+        let side = size as i64;
+        let random = || Tensor::f_randn([side, side], (Kind::Float, device.torch()))?.f_to_kind(dtype.kind());
+        let (x, weight, out) = (random()?, random()?.f_tr()?, random()?);
+        let products = |count: u32| {
+            device.synchronize();
+            let started = Instant::now();
+            (0..count).try_for_each(|_| x.f_mm_out(&out, &weight).map(drop))?;
+            device.synchronize();
+            Ok::<_, tch::TchError>(started.elapsed() / count)
+        };
+        products(1)?;
+        let one = products(1)?;
+        let count = length.as_secs_f64() / one.as_secs_f64().max(1e-9);
+        #[expect(clippy::cast_possible_truncation, reason = "the number is between one and a million")]
+        let time = products(count.clamp(1.0, 1e6) as u32)?;
+        Ok(Self { size, time })
+    }
+
     /// Floating-point operations a second, a multiplication and an addition as two.
     #[must_use]
     pub fn flop_per_second(&self) -> f64 {
@@ -99,6 +124,9 @@ mod tests {
             assert!(measured.time > Duration::ZERO && measured.flop_per_second() > 0.0);
         }
         assert!(free_memory(Device::Cpu).unwrap() > 0);
+        let sustained =
+            MatrixProduct::measure_sustained(Device::Cpu, Dtype::F32, 64, Duration::from_millis(2)).unwrap();
+        assert!(sustained.time > Duration::ZERO);
         let one_second = MatrixProduct { size: 100, time: Duration::from_secs(1) };
         assert!((one_second.flop_per_second() - 2e6).abs() < 1.0);
     }

@@ -35,7 +35,7 @@ impl LoadOptions {
     /// Default precision and batch size on `device`.
     #[must_use]
     pub const fn on(device: Device) -> Self {
-        Self { device, dtype: None, known_hash: None, batch_tokens: 16_384 }
+        Self { device, dtype: None, known_hash: None, batch_tokens: device.default_batch_tokens() }
     }
 
     /// The same in another precision.

@@ -68,6 +68,11 @@ impl Rope {
 }
 
 impl Rotation {
+    /// Cosine and sine, each `[tokens, head_dim]`.
+    pub(crate) fn into_parts(self) -> Result<[Tensor; 2], TchError> {
+        Ok([self.cos.f_squeeze_dim(1)?.f_contiguous()?, self.sin.f_squeeze_dim(1)?.f_contiguous()?])
+    }
+
     /// Rotates `[tokens, heads, head_dim]`: `x·cos + rotate_half(x)·sin`, each product rounded to the model's dtype.
     pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor, TchError> {
         let halves = x.f_chunk(2, -1)?;

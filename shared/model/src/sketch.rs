@@ -33,6 +33,11 @@ pub(crate) enum SketchError {
 }
 
 impl SelectedBuckets {
+    /// Buckets that were selected elsewhere, by row.
+    pub(crate) const fn from_rows(rows: Vec<[i8; PROOF_TOPK]>) -> Self {
+        Self(rows)
+    }
+
     /// Selects and buckets each row of `hidden`.
     ///
     /// * `hidden`: `[rows, width]`, f32 or bf16, final norm applied; `width ≥ 16`.

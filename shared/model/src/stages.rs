@@ -15,12 +15,22 @@ pub enum Stage {
     Upload,
     /// Embedding and rotation of the positions.
     Embed,
-    /// Norm, query, key and value projections, attention, output projection.
+    /// Residuals and norms; part of what surrounds them where they are not a kernel of their own, like the next three.
+    Norm,
+    /// Query, key, value and output projections.
+    Projection,
+    /// Norms and rotation of queries and keys, and the gathering of keys and values.
+    Rotation,
+    /// Attention, with all around it where that has no stages of its own.
     Attention,
-    /// Norm, gate, up and down projections.
+    /// Gate, up and down projections, with all around them where that has no stages of its own.
     FeedForward,
-    /// Final norm, logits, log-softmax and the chosen tokens' values.
+    /// `silu(gate) · up`.
+    Activation,
+    /// Logits, with the final norm and log-softmax where those have no stages of their own.
     Head,
+    /// Log-softmax at the chosen tokens.
+    LogSoftmax,
     /// Selection of the largest activations, buckets and sketches.
     Sketch,
     /// Values back to the host.
@@ -29,8 +39,20 @@ pub enum Stage {
 
 impl Stage {
     /// All stages in the order of a forward pass.
-    pub const ALL: [Self; 7] =
-        [Self::Upload, Self::Embed, Self::Attention, Self::FeedForward, Self::Head, Self::Sketch, Self::ReadBack];
+    pub const ALL: [Self; 12] = [
+        Self::Upload,
+        Self::Embed,
+        Self::Norm,
+        Self::Projection,
+        Self::Rotation,
+        Self::Attention,
+        Self::FeedForward,
+        Self::Activation,
+        Self::Head,
+        Self::LogSoftmax,
+        Self::Sketch,
+        Self::ReadBack,
+    ];
 
     /// Short fixed name.
     #[must_use]
@@ -38,9 +60,14 @@ impl Stage {
         match self {
             Self::Upload => "upload",
             Self::Embed => "embed",
+            Self::Norm => "norm",
+            Self::Projection => "projection",
+            Self::Rotation => "rotation",
             Self::Attention => "attention",
             Self::FeedForward => "feed-forward",
+            Self::Activation => "silu",
             Self::Head => "head/logprob",
+            Self::LogSoftmax => "log-softmax",
             Self::Sketch => "sketch",
             Self::ReadBack => "read-back",
         }

@@ -48,6 +48,7 @@ impl ProofModel {
         for result in evaluate(self.model(), &rollouts)? {
             let own_inputs = inputs.get(result.first..).unwrap_or_default();
             for (rollout, input) in result.rollouts.into_iter().zip(own_inputs) {
+                let rollout = rollout?;
                 let mut sketches = result.buckets.sketches(rollout.prompt_rows, input.coefficients);
                 sketches.extend(result.buckets.sketches(rollout.completion_rows, input.coefficients));
                 outputs.push(VerifyOutput {

@@ -1,0 +1,150 @@
+//! The proof forward pass on a GPU in bfloat16: one packed batch without a wait, by libtorch's matrix products and attention and
+//! by kernels of our own between them.
+//!
+//! It computes what [`crate::layers`] composes of libtorch's operations, with the same rounding points. Where something it needs
+//! is missing, it says so once, and the composition does the work.
+
+mod attention;
+mod compile;
+mod ffi;
+mod forward;
+#[cfg(test)]
+mod gpu_tests;
+mod kernels;
+mod layout;
+mod workspace;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tch::TchError;
+
+use self::attention::Attention;
+use self::kernels::{Dimensions, Kernels};
+use self::workspace::Workspace;
+use crate::config::ModelConfig;
+use crate::device::{Device, Dtype};
+use crate::gpu::{self, GpuSupport};
+
+pub(crate) use self::forward::{BatchOutput, Launched};
+pub(crate) use self::layout::Predictions;
+
+/// Variable that switches the engine on. It is off unless asked for: it has not been held against other implementations on a GPU.
+const KERNELS: &str = "GRAIL_PROOF_KERNELS";
+const OWN_KERNELS: &str = "own";
+/// Rows of a batch that memory must allow for before a shadow copy of the weights is provided for.
+const LEAST_ROWS: usize = 4096;
+/// Fewest rows that a batch is halved to by a shortage of memory; a longer sequence runs alone.
+const LEAST_LIMIT: usize = 512;
+/// Device memory that is left alone: the matrix products' workspaces, and what the allocator cannot use.
+const SPARE_BYTES: usize = 1 << 30;
+
+/// What proves on one GPU for models of one shape, whatever their weights.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    device: usize,
+    kernels: Kernels,
+    attention: Attention,
+    workspace: Mutex<Workspace>,
+    /// Most rows of a batch for which memory suffices, as far as is known.
+    most_rows: AtomicUsize,
+}
+
+/// The engine of a GPU and a model shape; made at the first call, which says once how it will compute.
+///
+/// `None` where the composition of libtorch's operations computes: unless `GRAIL_PROOF_KERNELS` is `own`, on a CPU, in another precision than bfloat16, and where the
+/// kernels cannot be had.
+pub(crate) fn engine(config: &ModelConfig, device: Device, dtype: Dtype) -> Option<Arc<Engine>> {
+    type Known = Vec<(usize, ModelConfig, Option<Arc<Engine>>)>;
+    static KNOWN: Mutex<Known> = Mutex::new(Vec::new());
+    let (Device::Cuda(index), Dtype::Bf16) = (device, dtype) else { return None };
+    if std::env::var(KERNELS).as_deref() != Ok(OWN_KERNELS) {
+        return None;
+    }
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, _, engine)) = known.iter().find(|(at, of, _)| (*at, of) == (index, config)) {
+        return engine.clone();
+    }
+    let made = Engine::start(config, index).map(Arc::new).map_err(|reason| {
+        tracing::warn!(%device, reason, "Own kernels are left out; libtorch's operations take their place and are slower.");
+    });
+    let engine = made.ok();
+    known.push((index, config.clone(), engine.clone()));
+    engine
+}
+
+impl Engine {
+    fn start(config: &ModelConfig, device: usize) -> Result<Self, String> {
+        let GpuSupport::Loaded { library, .. } = gpu::enable() else {
+            return Err("no CUDA library is loaded".to_owned());
+        };
+        let libraries = library.parent().unwrap_or(Path::new("."));
+        let text = |error: TchError| crate::error::TorchError::from(error).detail;
+        ffi::set_default_matrix_products().map_err(text)?;
+        let kernels = Kernels::load(libraries, device, Dimensions::of(config)?)?;
+        let attention = Attention::flash().unwrap_or_else(|reason| {
+            tracing::warn!(reason, "Attention of packed sequences is left out; each sequence has a call of its own.");
+            Attention::PerSequence
+        });
+        let engine = Self {
+            workspace: Mutex::new(Workspace::empty(tch::Device::Cuda(device))),
+            most_rows: AtomicUsize::new(usize::MAX),
+            device,
+            kernels,
+            attention,
+        };
+        engine.budget(config);
+        tracing::info!(device, ?attention, most_rows = engine.most_rows(usize::MAX), "Own kernels are in use.");
+        Ok(engine)
+    }
+
+    /// Sets the most rows by the memory that is free now, when the weights are loaded and nothing else is.
+    fn budget(&self, config: &ModelConfig) {
+        let Some((free, _)) = crate::ffi::cuda_memory(Some(self.device)) else { return };
+        let rows = rows_that_fit(free, config.parameters() * 2, Workspace::bytes_per_row(&self.kernels.dimensions));
+        self.most_rows.store(rows, Ordering::Relaxed);
+    }
+
+    /// Most rows of a batch, not above `configured`.
+    pub(crate) fn most_rows(&self, configured: usize) -> usize {
+        self.most_rows.load(Ordering::Relaxed).min(configured)
+    }
+
+    /// Notes that a batch of `rows` rows did not fit.
+    pub(crate) fn halve(&self, rows: usize) {
+        let half = (rows / 2).max(LEAST_LIMIT);
+        self.most_rows.fetch_min(half, Ordering::Relaxed);
+    }
+}
+
+/// Rows that fit `free` bytes beside the logits and a shadow copy of the weights; without the copy if it leaves too few.
+fn rows_that_fit(free: usize, weight_bytes: usize, bytes_per_row: usize) -> usize {
+    let usable = free.saturating_sub(SPARE_BYTES + Workspace::logit_bytes());
+    let beside_a_copy = usable.saturating_sub(weight_bytes) / bytes_per_row;
+    if beside_a_copy >= LEAST_ROWS { beside_a_copy } else { (usable / bytes_per_row).max(LEAST_LIMIT) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: usize = 1 << 30;
+
+    #[test]
+    fn the_budget_leaves_room_for_a_shadow_copy_where_there_is_any() {
+        let (weights, row) = (15 * GIB, 160_000);
+        let large = rows_that_fit(64 * GIB, weights, row);
+        assert!((250_000..340_000).contains(&large), "{large}");
+        let no_copy = rows_that_fit(8 * GIB, weights, row);
+        assert!((30_000..50_000).contains(&no_copy), "{no_copy}");
+        assert_eq!(rows_that_fit(GIB, weights, row), LEAST_LIMIT);
+    }
+
+    #[test]
+    fn a_cpu_and_float32_have_no_engine() {
+        let config = ModelConfig::from_dir(&grail_golden::path("models/qwen2-tied")).unwrap();
+        assert!(engine(&config, Device::Cpu, Dtype::Bf16).is_none());
+        assert!(engine(&config, Device::Cuda(0), Dtype::F32).is_none());
+    }
+}
