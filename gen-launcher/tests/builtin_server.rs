@@ -217,6 +217,38 @@ async fn weights_change_whole_or_not_at_all() {
 }
 
 #[tokio::test]
+async fn a_server_told_to_be_stale_generates_with_its_old_weights_once() {
+    let folders = tempfile::tempdir().unwrap();
+    let first = copy_checkpoint(folders.path(), "first");
+    let second = copy_checkpoint(folders.path(), "second");
+    other_weights(&second);
+    let mut command = builtin_command(&first, &["--random-seed", "1", "--weight-version", "w0"]);
+    command.env("GRAIL_FAULT", "kill@mid_proof;stale@update");
+    let mut server = BuiltinServer::start_command(command);
+    assert!(server.lines.iter().any(|line| line.contains("Faults will be injected")), "{:?}", server.lines);
+    let logprobs = async || {
+        let mut request = sample("x", 24);
+        request["return_logprob"] = json!(true);
+        let meta = server.post("/generate", &request).await.1["meta_info"].clone();
+        (meta["output_token_logprobs"].clone(), meta["weight_version"].clone())
+    };
+    let (old, _) = logprobs().await;
+    let update = json!({"model_path": second, "weight_version": "w1"});
+    assert_eq!(server.post("/update_weights_from_disk", &update).await.1["success"], true);
+    assert_eq!(logprobs().await, (old.clone(), json!("w1")));
+    assert_eq!(server.post("/update_weights_from_disk", &update).await.1["success"], true);
+    let (new, label) = logprobs().await;
+    assert_ne!(new, old);
+    assert_eq!(label, "w1");
+    server.until_line("Injecting a fault");
+
+    let refused = builtin_command(&first, &[]).env("GRAIL_FAULT", "stale@lunch").output().unwrap();
+    let log = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{log}");
+    assert!(log.contains("GRAIL_FAULT") && log.contains("update"), "{log}");
+}
+
+#[tokio::test]
 async fn a_small_pool_retracts_and_gives_the_same_samples() {
     let roomy = BuiltinServer::start(&golden_checkpoint(), &["--random-seed", "2"]);
     let tight = BuiltinServer::start(&golden_checkpoint(), &["--random-seed", "2", "--kv-tokens", "100"]);

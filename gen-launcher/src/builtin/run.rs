@@ -103,7 +103,12 @@ pub fn run(line: impl IntoIterator<Item = OsString>) -> ServerExit {
         mark(&format!("Ignored the unknown flag {flag}."));
     }
     let faults = match FaultPlan::from_environment() {
-        Ok(plan) => Arc::new(plan.armed(FAULT_SLOT, FAULT_EPOCH)),
+        Ok(plan) => {
+            if !plan.is_empty() {
+                mark(&format!("Faults will be injected into this server: {plan}."));
+            }
+            Arc::new(plan.armed(FAULT_SLOT, FAULT_EPOCH))
+        }
         Err(error) => {
             mark(&with_causes(&error));
             return ServerExit::Usage;

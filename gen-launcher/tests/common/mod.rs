@@ -113,7 +113,12 @@ pub fn builtin_command(model: &Path, more: &[&str]) -> Command {
 impl BuiltinServer {
     /// Starts it and waits until it is ready.
     pub fn start(model: &Path, more: &[&str]) -> Self {
-        let mut server = Self::spawn(model, more);
+        Self::start_command(builtin_command(model, more))
+    }
+
+    /// Runs a command and waits until it is ready.
+    pub fn start_command(command: Command) -> Self {
+        let mut server = Self::spawn_command(command);
         let line = server.until_line("Uvicorn running on ");
         let address = line.split("Uvicorn running on ").nth(1).unwrap().split(' ').next().unwrap();
         server.url = address.to_owned();
@@ -122,7 +127,11 @@ impl BuiltinServer {
     }
 
     pub fn spawn(model: &Path, more: &[&str]) -> Self {
-        let mut child = builtin_command(model, more).spawn().unwrap();
+        Self::spawn_command(builtin_command(model, more))
+    }
+
+    fn spawn_command(mut command: Command) -> Self {
+        let mut child = command.spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (sender, log) = mpsc::channel();
         std::thread::spawn(move || {
