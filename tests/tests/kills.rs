@@ -25,9 +25,10 @@ const MUTE: &str = "gave no sign of life";
 const START_HUNG: &str = "was not ready in time";
 const REQUEST_HUNG: &str = "did not answer a request in time";
 
-/// A world in which a hung process is noticed within seconds.
+/// A world in which a hung process is noticed within seconds, and which makes no more groups than a test needs.
 fn impatient() -> World {
     World::in_a_window()
+        .with("GRAIL_PIPELINE_GROUPS_PER_BATCH", "2")
         .with("GRAIL_PROOF_WORKERS", SLOTS.to_string())
         .with("GRAIL_HEARTBEAT_INTERVAL", "0.5")
         .with("GRAIL_HEARTBEAT_TIMEOUT", "4")
