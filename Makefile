@@ -4,6 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PREFIX ?= /usr/local
+# Environment of the demo.
+ENV ?= gsm8k
 REPORT_DIR := $(CURDIR)/target/vector-report
 
 .PHONY: help
@@ -27,8 +29,8 @@ build: libtorch ## Build the release binaries.
 	cargo build --release --locked --bins -p grail-supervisor -p grail-proof-worker -p grail-gen-launcher
 
 .PHONY: demo
-demo: build evaluator ## Mine two windows on the embedded default, verify both, and say where the files are.
-	@./deploy/demo.sh
+demo: build evaluator ## Mine and verify on the embedded default; ENV=mbpp, humaneval or math for one window of that.
+	@./deploy/demo.sh $(ENV)
 
 .PHONY: test
 test: libtorch evaluator ## Run every test and print how many golden-vector cases ran, by file.

@@ -1,26 +1,36 @@
 //! From the command line to an exit code.
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Parser;
+use grail_checkpoint::CheckpointCache;
+use grail_environments::EnvironmentId;
+use grail_environments::datasets::DatasetSettings;
 use grail_ipc::messages::SlotId;
 use grail_process::ExitCode;
+use grail_protocol::ids::{CheckpointWindow, EnvironmentSeed};
 use grail_protocol::randomness::ChallengeRandomness;
+use grail_protocol::seed;
 use grail_telemetry::{Format, Options};
 
 use crate::cli::{
-    self, CheckpointCommand, Cli, Command, ConfigArgs, LocalDevice, MineArgs, ReloadArgs, SlotArgs, StateArgs,
-    StatusArgs, StopArgs, VerifyArgs,
+    self, CheckpointCommand, Cli, Command, ConfigArgs, EnvCommand, LocalDevice, MineArgs, ReloadArgs, RowsArgs,
+    SetupEvaluatorArgs, SlotArgs, StateArgs, StatusArgs, StopArgs, TaskArgs, VerifyArgs,
 };
 use crate::commands::checkpoint::{self, Extent, PruneMode, Site};
 use crate::commands::control::{self, Form, Wait, Whereabouts};
+use crate::commands::env::{self, EnvSite, Pick, PromptOptions, ScoreOptions, SetupMode, TaskChoice};
 use crate::commands::local::LocalSettings;
 use crate::commands::verify::{FileOptions, JudgeSettings};
 use crate::commands::{CommandError, mine, verify};
 use crate::config::{Config, ConfigError, FlagValue, GpuRequest, Inputs, Mode, Origin, env_example};
+use crate::evaluators::{EvaluatorSettings, Evaluators};
 use crate::fleet::{Heartbeat, SlotCommand, SlotLimits, SlotPin};
 use crate::gpus::{self, HostGpus};
+use crate::state;
 use crate::terminal::{is_reader_gone, note};
 use crate::verify::table;
 use grail_process::with_causes;
@@ -52,6 +62,8 @@ pub fn run() -> ExitCode {
         Command::Checkpoint(args) => {
             checkpoint_command(&args.command, &inputs(args.command.flag_values()), cli.global.verbose)
         }
+        Command::Env(args) => env_command(&args.command, &inputs(args.command.flag_values()), cli.global.verbose),
+        Command::SetupEvaluator(args) => setup_command(args, &inputs(Vec::new()), cli.global.verbose),
         Command::Stop(args) => stop_command(args, &inputs(args.state.flag_values())),
         Command::Config(args) => config_command(args, &inputs(Vec::new())),
         Command::Completions(args) => print(&cli::completions(args.shell)),
@@ -124,6 +136,9 @@ fn local_settings(args: &MineArgs, config: &Config, pins: Vec<SlotPin>) -> Local
         block_time: config.local.block_time.value,
         use_drand: !args.no_drand,
         trainer: !args.no_trainer,
+        environment: config.local.environment.value,
+        datasets: datasets(config),
+        evaluators: evaluators(config),
         slot_limits: slot_limits(config),
         pins,
         open_groups: generation.groups_per_batch.value.map(size),
@@ -176,7 +191,29 @@ fn child_variables(config: &Config) -> Vec<(&'static str, String)> {
 }
 
 fn judge_settings(config: &Config) -> JudgeSettings {
-    JudgeSettings { runtime_base: config.folders.runtime.value.clone(), variables: child_variables(config) }
+    JudgeSettings {
+        runtime_base: config.folders.runtime.value.clone(),
+        variables: child_variables(config),
+        datasets: datasets(config),
+        evaluators: evaluators(config),
+    }
+}
+
+fn datasets(config: &Config) -> DatasetSettings {
+    config.environments.datasets(|name| {
+        // What is no text can only come from the environment.
+        std::env::var_os(name).or_else(|| config.passthrough.get(name).map(OsString::from))
+    })
+}
+
+fn evaluators(config: &Config) -> EvaluatorSettings {
+    let environments = &config.environments;
+    EvaluatorSettings {
+        folder: environments.evaluator_folder.value.clone(),
+        count: environments.evaluators.value,
+        is_unsafe_accepted: environments.is_unsafe_accepted.value,
+        delegation: None,
+    }
 }
 
 /// The embedded default keeps its world apart from a real miner's, unless a folder was named.
@@ -278,6 +315,77 @@ fn checkpoint_command(command: &CheckpointCommand, inputs: &Inputs, verbosity: u
     })
 }
 
+fn env_command(command: &EnvCommand, inputs: &Inputs, verbosity: u8) -> ExitCode {
+    let config = match Config::load(inputs, Mode::Local) {
+        Ok(config) => config,
+        Err(error) => return refuse(&error),
+    };
+    start_logging_quietly(&config, verbosity);
+    let site = EnvSite { datasets: datasets(&config), evaluators: Arc::new(Evaluators::new(evaluators(&config))) };
+    block_on(async {
+        let text = match command {
+            EnvCommand::List(args) => env::list(&site, form(args.json)).await?,
+            EnvCommand::Show(args) => {
+                env::show(&site, &task_choice(args.environment, &args.task, &args.rows), form(args.json)).await?
+            }
+            EnvCommand::Prompt(args) => {
+                let options = PromptOptions {
+                    choice: task_choice(args.environment, &args.task, &args.rows),
+                    checkpoint: checkpoint_folder(&args.checkpoint, &config),
+                    thinking_mode: args.thinking_mode,
+                };
+                env::prompt(&site, &options, form(args.json)).await?
+            }
+            EnvCommand::Score(args) => {
+                let options = ScoreOptions {
+                    choice: task_choice(args.environment, &args.task, &args.rows),
+                    file: args.file.clone(),
+                    thinking_mode: args.thinking_mode,
+                };
+                let scores = env::score(&site, &options).await?;
+                return Ok((scores.text, answer(scores.is_complete)));
+            }
+        };
+        Ok((text, ExitCode::Done))
+    })
+}
+
+fn task_choice(environment: EnvironmentId, task: &TaskArgs, rows: &RowsArgs) -> TaskChoice {
+    let group = || {
+        let hotkey = task.hotkey.as_ref()?;
+        Some(seed::environment_seed(hotkey, task.window_hash.as_ref()?, task.group?))
+    };
+    let pick = match (&task.task, task.seed) {
+        (Some(id), _) => Pick::Id(id.clone()),
+        (None, Some(seed)) => Pick::Seed(EnvironmentSeed(seed)),
+        (None, None) => group().map_or(Pick::ByLine, Pick::Seed),
+    };
+    TaskChoice { environment, split: rows.split.clone(), is_embedded: rows.embedded, pick }
+}
+
+/// A folder, or where the cache keeps the checkpoint of a window.
+fn checkpoint_folder(named: &Path, config: &Config) -> PathBuf {
+    let window = named.to_str().and_then(|text| text.parse().ok()).map(CheckpointWindow);
+    let cached = |window| {
+        let cache = CheckpointCache::open(state::checkpoints_of(&local_state_dir(config))).ok()?;
+        Some(cache.folder(window))
+    };
+    window.filter(|_| !named.is_dir()).and_then(cached).unwrap_or_else(|| named.to_owned())
+}
+
+fn setup_command(args: &SetupEvaluatorArgs, inputs: &Inputs, verbosity: u8) -> ExitCode {
+    let config = match Config::load(inputs, Mode::Local) {
+        Ok(config) => config,
+        Err(error) => return refuse(&error),
+    };
+    start_logging_quietly(&config, verbosity);
+    let mode = if args.probe { SetupMode::Probe } else { SetupMode::Install };
+    block_on(async {
+        let (text, is_enough) = env::setup_evaluator(&evaluators(&config), mode, form(args.json)).await?;
+        Ok((text, answer(is_enough)))
+    })
+}
+
 const fn form(json: bool) -> Form {
     if json { Form::Json } else { Form::Text }
 }
@@ -328,6 +436,16 @@ fn config_command(args: &ConfigArgs, inputs: &Inputs) -> ExitCode {
 
 fn start_logging(config: &Config, verbosity: u8) {
     let options = Options { verbosity, format: Format::default(), directives: config.log.value.clone() };
+    if let Err(error) = grail_telemetry::init(&options) {
+        note(format_args!("grail-supervisor: warning: logging: {}", with_causes(&error)));
+    }
+}
+
+/// For commands whose answer says all of it: only what is wrong is logged, unless more is asked for.
+fn start_logging_quietly(config: &Config, verbosity: u8) {
+    let quiet = || (verbosity == 0).then(|| "warn".to_owned());
+    let directives = config.log.value.clone().or_else(quiet);
+    let options = Options { verbosity, format: Format::default(), directives };
     if let Err(error) = grail_telemetry::init(&options) {
         note(format_args!("grail-supervisor: warning: logging: {}", with_causes(&error)));
     }

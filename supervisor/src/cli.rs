@@ -1,17 +1,22 @@
 //! The command line: definitions only, so that help, completions and the manual page come from one place.
 
 mod checkpoint;
+mod environments;
 
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
+use grail_environments::EnvironmentId;
 use grail_process::ExitCode;
 
 use crate::config::FlagValue;
 
 pub use checkpoint::{
     CheckpointArgs, CheckpointCommand, CheckpointVerifyArgs, FetchArgs, FetchTarget, ListArgs, PruneArgs, ShowArgs,
+};
+pub use environments::{
+    EnvArgs, EnvCommand, EnvListArgs, EnvPromptArgs, EnvScoreArgs, EnvShowArgs, RowsArgs, SetupEvaluatorArgs, TaskArgs,
 };
 
 /// Runs a GRAIL miner on this host.
@@ -117,6 +122,22 @@ pub enum Command {
     )]
     Checkpoint(CheckpointArgs),
 
+    /// Ask what tasks, prompts and verdicts are.
+    #[command(
+        long_about = "Answers questions about environments without mining: which there are, what a task is, how its prompt \
+                            reads, and why a completion earns what it earns.",
+        subcommand_required = true,
+        arg_required_else_help = true
+    )]
+    Env(EnvArgs),
+
+    /// Install what is needed to judge programs and formulas, and check the sandbox.
+    #[command(long_about = "Finds CPython 3.12, installs the pinned packages that judge formulas beside it, once, and says \
+                            which layers of the sandbox work on this host. mbpp, humaneval and math need it; gsm8k does not. \
+                            Exit status 1 if the sandbox lacks what running programs of a model requires, 66 if nothing is \
+                            installed, 69 if there is no fitting interpreter or its packages cannot be had.")]
+    SetupEvaluator(SetupEvaluatorArgs),
+
     /// Tell the running supervisor to stop, and wait until it is gone.
     #[command(
         long_about = "Tells the running supervisor to stop, and waits until it is gone, naming on standard error what it \
@@ -178,6 +199,17 @@ pub struct MineArgs {
     /// Mix drand into the window's randomness (the default).
     #[arg(long, hide = true, overrides_with = "no_drand")]
     pub use_drand: bool,
+
+    /// Environment that the demonstration's checkpoints name [GRAIL_LOCAL_ENV].
+    ///
+    /// gsm8k, math, mbpp or humaneval; gsm8k for a new store. All but gsm8k need what `setup-evaluator` makes. The rows of math
+    /// are made up, since no package may ship the real ones.
+    #[arg(long = "env", value_name = "ENV", requires = "local", conflicts_with = "no_trainer")]
+    pub environment: Option<EnvironmentId>,
+
+    /// Run programs of a model although the sandbox lacks a part that is required [GRAIL_UNSAFE_SANDBOX].
+    #[arg(long)]
+    pub unsafe_sandbox: bool,
 
     #[command(flatten)]
     pub state: StateArgs,
@@ -343,9 +375,10 @@ impl MineArgs {
         let block_ms = self.block_ms.map(|ms| ("GRAIL_LOCAL_BLOCK_MS", "--block-ms", ms.to_string()));
         let max_groups =
             self.max_groups.map(|groups| ("GRAIL_MAX_GROUPS_PER_WINDOW", "--max-groups", groups.to_string()));
-        let own = block_ms.into_iter().chain(max_groups);
+        let environment = self.environment.map(|id| ("GRAIL_LOCAL_ENV", "--env", id.to_string()));
+        let own = block_ms.into_iter().chain(max_groups).chain(environment);
         let own = own.map(|(variable, flag, value)| FlagValue { variable, flag, value });
-        own.chain(self.state.flag_values()).collect()
+        own.chain(environments::unsafe_sandbox(self.unsafe_sandbox)).chain(self.state.flag_values()).collect()
     }
 }
 
@@ -424,6 +457,11 @@ mod tests {
         for name in ["mine", "verify", "status", "restart", "reload-checkpoint", "stop", "config", "completions", "man"]
         {
             insta::assert_snapshot!(format!("help_{name}"), long_help(&[name]));
+        }
+        insta::assert_snapshot!("help_setup-evaluator", long_help(&["setup-evaluator"]));
+        insta::assert_snapshot!("help_env", long_help(&["env"]));
+        for name in ["list", "show", "prompt", "score"] {
+            insta::assert_snapshot!(format!("help_env_{name}"), long_help(&["env", name]));
         }
         insta::assert_snapshot!("help_checkpoint", long_help(&["checkpoint"]));
         for name in ["list", "show", "fetch", "verify", "prune"] {
@@ -504,6 +542,16 @@ mod tests {
             &["checkpoint", "list", "--window", "3001"],
             &["checkpoint", "list", "--cache-only", "--store-only"],
             &["checkpoint", "prune", "--keep", "few"],
+            &["env"],
+            &["env", "show", "mbpp"],
+            &["env", "show", "mbpp", "--seed", "1", "--task", "train_1"],
+            &["env", "show", "mbpp", "--group", "1"],
+            &["env", "show", "triton_kernel", "--seed", "1"],
+            &["env", "prompt", "mbpp", "--seed", "1"],
+            &["env", "score", "mbpp"],
+            &["env", "score", "mbpp", "f", "--thinking-mode", "loud"],
+            &["mine", "--env", "mbpp"],
+            &["mine", "--local", "--env", "mbpp", "--no-trainer"],
         ] {
             let error = parse(words).unwrap_err();
             assert_eq!(error.exit_code(), i32::from(ExitCode::Usage.number()), "{words:?}: {error}");
@@ -517,6 +565,13 @@ mod tests {
             &["checkpoint", "fetch", "latest"],
             &["checkpoint", "fetch", "3150"],
             &["checkpoint", "verify"],
+            &["env", "list"],
+            &["env", "show", "python_code", "--task", "train_1"],
+            &["env", "show", "math", "--group", "3", "--hotkey", "5F", "--window-hash", &format!("0x{}", "ab".repeat(32))],
+            &["env", "prompt", "gsm8k", "--seed", "1", "--checkpoint", "3000"],
+            &["env", "score", "mbpp", "-"],
+            &["setup-evaluator", "--probe"],
+            &["mine", "--local", "--env", "mbpp", "--unsafe-sandbox"],
         ] {
             parse(words).unwrap();
         }
@@ -538,6 +593,8 @@ mod tests {
             "config",
             "temporary failure, start again",
             "checkpoint prune",
+            "env score",
+            "setup-evaluator",
             "GRAIL_KEEP_CHECKPOINTS_GIB",
         ] {
             assert!(page.contains(word), "{word}");

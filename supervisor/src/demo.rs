@@ -1,9 +1,12 @@
 //! The embedded default: two trained checkpoints, their metadata and a data set, carried by the binary itself.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use grail_checkpoint::{GenerationParams, PolicyDefect, ThinkingModeName};
+use grail_environments::datasets::DatasetSettings;
+use grail_environments::{EnvironmentId, Split, gsm8k, humaneval, math, mbpp};
 use serde::Deserialize;
 
 use crate::durable;
@@ -32,6 +35,14 @@ macro_rules! embedded_checkpoint {
 
 const FIRST: &[Embedded] = embedded_checkpoint!("first");
 const SECOND: &[Embedded] = embedded_checkpoint!("second");
+/// Rows of the environments whose data this program may carry.
+const DATA_FILES: [(EnvironmentId, Embedded); 3] = [
+    (EnvironmentId::Gsm8k, ("gsm_train.jsonl.gz", gsm8k::EMBEDDED_TRAIN)),
+    (EnvironmentId::Mbpp, ("mbpp.jsonl.gz", mbpp::EMBEDDED)),
+    (EnvironmentId::HumanEval, ("HumanEval.jsonl.gz", humaneval::EMBEDDED)),
+];
+/// Folder of made-up rows in the place of MATH.
+const STAND_IN: &str = "math-stand-in";
 const METADATA: &[u8] = include_bytes!("../../deploy/demo/metadata.json");
 
 /// What the demo checkpoints' metadata say, beside their files.
@@ -47,9 +58,11 @@ pub struct DemoMetadata {
 /// Folders of the unpacked demo.
 #[derive(Debug, Clone)]
 pub struct Demo {
+    folder: PathBuf,
     pub first: PathBuf,
     pub second: PathBuf,
-    pub dataset_rows: PathBuf,
+    /// File or folder with the rows of every environment whose data is at hand.
+    pub rows: BTreeMap<EnvironmentId, PathBuf>,
     pub metadata: DemoMetadata,
     /// `metadata.generation_params`, checked as a miner checks it.
     pub generation: GenerationParams,
@@ -79,23 +92,64 @@ impl Demo {
         };
         unpack(&first, FIRST)?;
         unpack(&second, SECOND)?;
-        let rows: Embedded = ("gsm_train.jsonl.gz", grail_environments::gsm8k::EMBEDDED_TRAIN);
-        unpack(folder, &[rows])?;
+        let mut rows = BTreeMap::new();
+        for (environment, file) in DATA_FILES {
+            unpack(folder, &[file])?;
+            rows.insert(environment, folder.join(file.0));
+        }
+        // Left by an earlier start that was for this environment.
+        let stand_in = folder.join(STAND_IN);
+        if stand_in.is_dir() {
+            rows.insert(EnvironmentId::Math, stand_in);
+        }
         let metadata: DemoMetadata = serde_json::from_slice(METADATA)?;
         let generation = GenerationParams::from_json(&metadata.generation_params)?;
-        Ok(Self { first, second, dataset_rows: folder.join(rows.0), metadata, generation })
+        Ok(Self { folder: folder.to_owned(), first, second, rows, metadata, generation })
+    }
+
+    /// The demo with checkpoints that name `environment` on its default split. For math, whose rows no package may ship, made-up
+    /// ones are written.
+    ///
+    /// # Errors
+    /// What the file system says, for instance that it is full.
+    pub fn for_environment(mut self, environment: EnvironmentId) -> Result<Self, DemoError> {
+        // Every environment has a default split.
+        if let Ok(split) = Split::resolve(environment, None) {
+            self.metadata.env_params.insert("split".to_owned(), split.as_str().into());
+        }
+        environment.as_str().clone_into(&mut self.metadata.env_id);
+        if environment == EnvironmentId::Math {
+            let folder = self.folder.join(STAND_IN);
+            for file in math::stand_in_files() {
+                let path = folder.join(&file.path);
+                let failed = |source| DemoError::Unpack { folder: folder.clone(), source };
+                std::fs::create_dir_all(path.parent().unwrap_or(&folder)).map_err(failed)?;
+                unpack_file(&path, file.text.as_bytes()).map_err(failed)?;
+            }
+            self.rows.insert(environment, folder);
+        }
+        Ok(self)
+    }
+
+    /// `settings` with the demo's rows for every environment for which they name no path.
+    #[must_use]
+    pub fn datasets(&self, mut settings: DatasetSettings) -> DatasetSettings {
+        for (environment, rows) in &self.rows {
+            settings.sources.entry(*environment).or_default().path.get_or_insert_with(|| rows.clone());
+        }
+        settings
     }
 }
 
 fn unpack_files(folder: &Path, files: &[Embedded]) -> io::Result<()> {
     std::fs::create_dir_all(folder)?;
     for (name, content) in files {
-        let path = folder.join(name);
-        // Files are replaced as a whole, so one of the right length is the right one, unless somebody edited it.
-        let there = std::fs::read(&path).is_ok_and(|found| found == *content);
-        if !there {
-            durable::write(&path, content)?;
-        }
+        unpack_file(&folder.join(name), content)?;
     }
     Ok(())
+}
+
+fn unpack_file(path: &Path, content: &[u8]) -> io::Result<()> {
+    let is_there = std::fs::read(path).is_ok_and(|found| found == content);
+    if is_there { Ok(()) } else { durable::write(path, content) }
 }

@@ -1,11 +1,13 @@
-//! Environments over the data set that is at hand, opened once per split.
+//! Environments over the data that is configured or found, with the evaluators that they need.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use grail_environments::gsm8k::{DatasetError, Gsm8k};
+use grail_environments::datasets::{DatasetError, DatasetSettings, Datasets};
+use grail_environments::pool::PoolError;
 use grail_environments::{Environment, EnvironmentId, Split};
+
+use crate::evaluators::Evaluators;
 
 /// An environment that cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -13,48 +15,65 @@ use grail_environments::{Environment, EnvironmentId, Split};
 pub enum SourceError {
     #[error("open the data set of environment {environment}")]
     Dataset { environment: EnvironmentId, source: Box<DatasetError> },
-    #[error("environment {environment} is not served yet; windows with this checkpoint are skipped")]
-    NotServed { environment: EnvironmentId },
+    #[error("start the evaluators of environment {environment}")]
+    Evaluators { environment: EnvironmentId, source: Box<PoolError> },
 }
 
-/// Opens environments from one file of rows.
+/// Opens environments, each split once.
 #[derive(Debug)]
 pub struct EnvironmentSource {
-    rows: PathBuf,
-    open: HashMap<(EnvironmentId, Split), Arc<dyn Environment>>,
+    settings: DatasetSettings,
+    datasets: Datasets,
+    evaluators: Arc<Evaluators>,
 }
 
 impl EnvironmentSource {
-    /// Over the data set in `rows`.
+    /// Rows are looked for where `settings` say, answers are judged by `evaluators`.
     #[must_use]
-    pub fn new(rows: PathBuf) -> Self {
-        Self { rows, open: HashMap::new() }
+    pub fn new(settings: DatasetSettings, evaluators: Arc<Evaluators>) -> Self {
+        let datasets = Datasets::new(settings.clone(), evaluators.clone());
+        Self { settings, datasets, evaluators }
     }
 
-    /// The file of rows.
+    /// The file or folder that is configured for the rows of `id`; `None` if they are found in a cache or on the hub.
     #[must_use]
-    pub fn rows_path(&self) -> &Path {
-        &self.rows
+    pub fn rows_path(&self, id: EnvironmentId) -> Option<PathBuf> {
+        self.settings.source(id).path
     }
 
-    /// The environment `id` on `split`.
+    /// The environment `id` on `split`, with its evaluators.
     ///
     /// # Errors
-    /// If the rows cannot be read or are not the data set that validators use.
-    pub fn open(&mut self, id: EnvironmentId, split: Split) -> Result<Arc<dyn Environment>, SourceError> {
-        if let Some(environment) = self.open.get(&(id, split)) {
-            return Ok(environment.clone());
-        }
-        let environment: Arc<dyn Environment> = match id {
-            EnvironmentId::Gsm8k => Arc::new(
-                Gsm8k::from_file(&self.rows, split)
-                    .map_err(|source| SourceError::Dataset { environment: id, source: Box::new(source) })?,
-            ),
-            EnvironmentId::Math | EnvironmentId::Mbpp | EnvironmentId::HumanEval => {
-                return Err(SourceError::NotServed { environment: id });
-            }
-        };
-        self.open.insert((id, split), environment.clone());
-        Ok(environment)
+    /// If the rows cannot be had or are not the data set that validators use, or if answers cannot be judged on this host.
+    pub async fn open(&self, id: EnvironmentId, split: Split) -> Result<Arc<dyn Environment>, SourceError> {
+        let failed = |source| SourceError::Evaluators { environment: id, source: Box::new(source) };
+        self.evaluators.start_for(id).await.map_err(failed)?;
+        self.open_without_evaluators(id, split).await
     }
+
+    /// As [`Self::open`], for tasks alone: evaluators start when something is judged.
+    ///
+    /// # Errors
+    /// If the rows cannot be had or are not the data set that validators use.
+    pub async fn open_without_evaluators(
+        &self,
+        id: EnvironmentId,
+        split: Split,
+    ) -> Result<Arc<dyn Environment>, SourceError> {
+        let failed = |source| SourceError::Dataset { environment: id, source: Box::new(source) };
+        self.datasets.open(id, split).await.map_err(failed)
+    }
+
+    /// The evaluators.
+    #[must_use]
+    pub const fn evaluators(&self) -> &Arc<Evaluators> {
+        &self.evaluators
+    }
+}
+
+/// `settings` with the rows of `id` at `path`.
+#[must_use]
+pub fn with_rows_at(mut settings: DatasetSettings, id: EnvironmentId, path: &Path) -> DatasetSettings {
+    settings.sources.entry(id).or_default().path = Some(path.to_owned());
+    settings
 }

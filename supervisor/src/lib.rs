@@ -14,6 +14,7 @@ pub mod demo;
 pub mod durable;
 pub mod engine;
 pub mod environments;
+pub mod evaluators;
 pub mod fleet;
 pub mod generation;
 pub mod gpus;

@@ -243,7 +243,7 @@ impl Miner {
     ) -> Result<(Arc<WindowParts>, Arc<ReadyCheckpoint>), NotBegun> {
         let checkpoint = self.checkpoints.for_window(window).await?;
         let plan = self.plan(window, head, &checkpoint).await?;
-        let environment = self.environments.open(plan.environment, plan.split)?;
+        let environment = self.environments.open(plan.environment, plan.split).await?;
         self.fleet.ensure_started(&checkpoint).map_err(fatal)?;
         let generator = self
             .fleet
@@ -318,7 +318,7 @@ impl Miner {
             thinking,
             sampling: policy.generation,
             dtype: self.fleet.dtype(),
-            dataset_rows: self.environments.rows_path().to_owned(),
+            dataset_rows: self.environments.rows_path(environment),
             deadline: end - Duration::from_secs_f64(-DEADLINE_SLACK_SECONDS),
         })
     }

@@ -28,8 +28,8 @@ pub struct WindowPlan {
     pub sampling: GenerationParams,
     /// Dtype of the proofs: `float32` on CPU, `bfloat16` on CUDA.
     pub dtype: &'static str,
-    /// Rows of the environment's data set.
-    pub dataset_rows: PathBuf,
+    /// File or folder with the rows of the environment's data set; `None` if they are found where the host keeps such files.
+    pub dataset_rows: Option<PathBuf>,
     /// Latest time at which the object may be stored: four seconds before block `W + 30`.
     pub deadline: SystemTime,
 }

@@ -239,7 +239,7 @@ fn context(folder: &Path, parts: &WindowParts) -> Context {
         dtype: plan.dtype.to_owned(),
         env_id: plan.environment.to_string(),
         env_params: [("split".to_owned(), plan.split.to_string().into())].into(),
-        dataset_rows: relative_to(folder, &plan.dataset_rows),
+        dataset_rows: plan.dataset_rows.as_deref().map(|rows| relative_to(folder, rows)),
         generation_params: ContextSampling {
             max_tokens: i64::try_from(sampling.max_tokens).unwrap_or(i64::MAX),
             temperature: sampling.temperature,

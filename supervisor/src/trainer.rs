@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use grail_checkpoint::{
     CheckpointStore, DeltaFormat, DeltaInput, MetadataInput, PublishError, publish_delta, publish_full, ready,
 };
+use grail_environments::EnvironmentId;
 use grail_protocol::constants::WINDOW_LENGTH;
 use grail_protocol::ids::{BlockNumber, CheckpointWindow, WindowStart};
 
@@ -30,6 +31,13 @@ pub enum TrainerError {
     List(#[source] grail_checkpoint::StoreError),
     #[error(transparent)]
     Chain(#[from] ChainError),
+    #[error("read what the local store says of checkpoint {FIRST_CHECKPOINT}")]
+    Metadata(#[source] grail_checkpoint::StoreError),
+    #[error(
+        "the local store holds checkpoints for {found}, not for {asked}; name another folder with --state-dir, or leave out \
+         --env"
+    )]
+    OtherEnvironment { asked: EnvironmentId, found: String },
 }
 
 /// Publishes into the local store.
@@ -37,6 +45,23 @@ pub enum TrainerError {
 pub struct LocalTrainer {
     pub store: CheckpointStore,
     pub demo: Demo,
+}
+
+/// The environment that the demo checkpoints of `store` name, or are to name: the same for both.
+///
+/// # Errors
+/// [`TrainerError::OtherEnvironment`] if the store holds checkpoints for another one than is `asked` for.
+pub async fn environment(
+    store: &CheckpointStore,
+    asked: Option<EnvironmentId>,
+) -> Result<EnvironmentId, TrainerError> {
+    let published = store.published(FIRST_CHECKPOINT).await.map_err(TrainerError::Metadata)?;
+    let found = published.policy().ok().map(|policy| policy.env_id.clone());
+    let named = found.as_deref().and_then(|id| id.parse::<EnvironmentId>().ok());
+    match (asked, found) {
+        (Some(asked), Some(found)) if named != Some(asked) => Err(TrainerError::OtherEnvironment { asked, found }),
+        (asked, _) => Ok(named.or(asked).unwrap_or(EnvironmentId::Gsm8k)),
+    }
 }
 
 impl LocalTrainer {

@@ -7,6 +7,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use grail_environments::sandbox::setup::Installation;
+
 /// A run that takes longer than this has failed.
 pub const LIMIT: Duration = Duration::from_secs(300);
 
@@ -48,6 +50,10 @@ impl Run {
         let mut command = Command::new(binary(name));
         command.args(arguments).current_dir(folder).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("HOME", folder);
+        // The home of a test has no evaluator; the one of this user was set up before the tests.
+        if let Ok(evaluator) = Installation::of_this_user(|name| std::env::var_os(name)) {
+            command.env("GRAIL_EVALUATOR_DIR", evaluator.folder());
+        }
         command.envs(variables.iter().copied());
         let mut child = command.spawn().unwrap_or_else(|error| panic!("start {name}: {error}"));
         let (stdout, stderr) = (reader(child.stdout.take()), reader(child.stderr.take()));

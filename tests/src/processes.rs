@@ -30,6 +30,32 @@ pub fn of(folder: &Path) -> Vec<Found> {
     found(|process, command| command.contains(&needle) || works_there(process))
 }
 
+/// Processes that descend from `ancestor`.
+#[must_use]
+pub fn below(ancestor: u32) -> Vec<Found> {
+    let mut known = vec![ancestor];
+    let mut descendants = Vec::new();
+    // A child may be listed before its parent, so until a round finds nobody new.
+    loop {
+        let is_new = |process: &Path, _: &str| {
+            let of = |text: &str| text.parse().ok().is_some_and(|pid: u32| known.contains(&pid));
+            let is_known = process.file_name().and_then(|name| name.to_str()).is_none_or(of);
+            !is_known && parent(process).is_some_and(|parent| known.contains(&parent))
+        };
+        let round = found(is_new);
+        if round.is_empty() {
+            return descendants;
+        }
+        known.extend(round.iter().map(|process| process.pid));
+        descendants.extend(round);
+    }
+}
+
+fn parent(process: &Path) -> Option<u32> {
+    let stat = fs::read_to_string(process.join("stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
 fn found(belongs: impl Fn(&Path, &str) -> bool) -> Vec<Found> {
     let entries = fs::read_dir("/proc").map(|entries| entries.flatten().collect::<Vec<_>>()).unwrap_or_default();
     entries

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use grail_checkpoint::retention::RetentionLimits;
 use grail_checkpoint::{CheckpointCache, CheckpointStore};
+use grail_environments::EnvironmentId;
+use grail_environments::datasets::DatasetSettings;
 use grail_ipc::messages::Backend;
 use grail_process::cgroup::Delegation;
 use grail_process::restart::RestartPolicy;
@@ -25,6 +27,7 @@ use crate::control::socket_base;
 use crate::demo::Demo;
 use crate::engine::{Engine, Limits};
 use crate::environments::EnvironmentSource;
+use crate::evaluators::{EvaluatorSettings, Evaluators};
 use crate::fleet::{Fleet, FleetSettings, ServerSettings, SlotLimits, SlotPin, WorkerSettings, sibling_program};
 use crate::journal::{Event, Journal};
 use crate::miner::Miner;
@@ -33,7 +36,7 @@ use crate::progress::Progress;
 use crate::record::Recording;
 use crate::state::{StateDir, StateError};
 use crate::store::WindowStore;
-use crate::trainer::LocalTrainer;
+use crate::trainer::{self, LocalTrainer};
 
 /// Settings of a local world, resolved.
 #[derive(Debug, Clone)]
@@ -46,6 +49,11 @@ pub struct LocalSettings {
     pub seed: Option<String>,
     pub block_time: Option<Duration>,
     pub use_drand: bool,
+    /// Environment that the demo checkpoints name; unset = the one of an existing store, else gsm8k.
+    pub environment: Option<EnvironmentId>,
+    /// Where rows are looked for, before those of the demo.
+    pub datasets: DatasetSettings,
+    pub evaluators: EvaluatorSettings,
     /// Whether the demo checkpoints are published into the local store; without, it must hold some.
     pub trainer: bool,
     /// One a worker; all on the CPU, or all on GPUs.
@@ -95,9 +103,16 @@ pub(super) fn runtime_dir(base: &Path, purpose: &str) -> PathBuf {
 /// [`CommandError`] names what is missing or cannot be written.
 pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> {
     let state = StateDir::open(&settings.state_dir)?;
-    let demo = Demo::unpack(&state.demo())?;
     let objects = open_store(&state.store())?;
     let checkpoint_store = CheckpointStore::new(objects.clone());
+    let mut demo = Demo::unpack(&state.demo())?;
+    if settings.trainer {
+        let environment = trainer::environment(&checkpoint_store, settings.environment).await?;
+        demo = demo.for_environment(environment)?;
+        if environment == EnvironmentId::Math && settings.datasets.source(environment).path.is_none() {
+            tracing::warn!("The rows of math are a stand-in of made-up problems: no package may ship the real ones.");
+        }
+    }
     let chain_settings = LocalChainSettings { seed: settings.seed.clone(), block_time: settings.block_time };
     let mut trainer = None;
     if settings.trainer {
@@ -138,12 +153,14 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
     };
     let cache = CheckpointCache::open(state.checkpoints())?;
     let checkpoints = Checkpoints::new(checkpoint_store, cache, settings.keep_checkpoints);
+    let evaluators = EvaluatorSettings { delegation: delegation.clone(), ..settings.evaluators.clone() };
+    let evaluators = Arc::new(Evaluators::new(evaluators));
     let fleet = Fleet::new(fleet_settings(settings, delegation)?, notes.clone(), progress.clone());
     let prefetcher =
         Prefetcher { checkpoints: checkpoints.clone(), chain: chain.clone(), fleet: fleet.handle(), journal: notes };
     let miner = Miner {
         checkpoints,
-        environments: EnvironmentSource::new(demo.dataset_rows),
+        environments: EnvironmentSource::new(demo.datasets(settings.datasets.clone()), evaluators),
         fleet,
         signer: Arc::new(Keypair::from_uri(DEMO_HOTKEY_URI)?),
         progress: progress.clone(),

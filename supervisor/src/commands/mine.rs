@@ -80,6 +80,7 @@ async fn mine(settings: &LocalSettings, windows: Option<usize>, shutdown: &Shutd
     hidden.cancel();
     drop(display.await);
     progress.enter_phase(Phase::Ending);
+    miner.environments.evaluators().shut_down().await;
     miner.fleet.shut_down().await;
     miner.engine.journal.record(Event::Stopped { reason: reason(&result, shutdown.urgency()) });
     conducting.abort();

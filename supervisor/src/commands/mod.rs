@@ -2,15 +2,19 @@
 
 pub mod checkpoint;
 pub mod control;
+pub mod env;
 pub mod local;
 pub mod mine;
 pub mod verify;
 
+use grail_environments::datasets::DatasetError;
+use grail_environments::pool::PoolError;
 use grail_process::ExitCode;
 
 use crate::chain::LocalChainError;
 use crate::checkpoints::{CheckpointError, FilesError};
 use crate::engine::EngineError;
+use crate::environments::SourceError;
 use crate::fleet::FleetError;
 use crate::miner::MineError;
 use crate::seal::SealError;
@@ -47,6 +51,8 @@ pub enum CommandError {
     Context(#[from] ContextError),
     #[error(transparent)]
     Checkpoint(#[from] checkpoint::CheckpointCommandError),
+    #[error(transparent)]
+    Env(#[from] Box<env::EnvCommandError>),
     #[error("open the local store {}", path.display())]
     Store { path: std::path::PathBuf, source: object_store::Error },
     #[error("open the checkpoint cache")]
@@ -86,6 +92,12 @@ pub enum CommandError {
     Control { folder: std::path::PathBuf, source: grail_ipc::control::ControlError },
 }
 
+impl From<env::EnvCommandError> for CommandError {
+    fn from(error: env::EnvCommandError) -> Self {
+        Self::Env(Box::new(error))
+    }
+}
+
 impl CommandError {
     /// The code of the public table that fits.
     #[must_use]
@@ -104,6 +116,7 @@ impl CommandError {
             Self::NobodyThere { .. } => ExitCode::Unavailable,
             Self::NotTheirs { .. } => ExitCode::NotPermitted,
             Self::Refused { .. } => ExitCode::No,
+            Self::Trainer(crate::trainer::TrainerError::OtherEnvironment { .. }) => ExitCode::Usage,
             Self::Trainer(_) | Self::Cache(_) | Self::Output(_) => ExitCode::CannotWrite,
             Self::Fleet(error) => of_fleet(error),
             Self::Child(_) => ExitCode::MissingInput,
@@ -113,6 +126,7 @@ impl CommandError {
             Self::Choose(_) | Self::Randomness(_) => ExitCode::Unavailable,
             Self::Context(error) => of_context(error),
             Self::Checkpoint(error) => error.exit_code(),
+            Self::Env(error) => error.exit_code(),
             Self::WindowFile { .. } | Self::NoContext { .. } => ExitCode::MissingInput,
         }
     }
@@ -180,8 +194,31 @@ fn of_verify(error: &VerifyError) -> ExitCode {
     match error {
         VerifyError::Context(error) => of_context(error),
         VerifyError::Worker { .. } => ExitCode::Temporary,
+        VerifyError::Source(error) => of_source(error),
         VerifyError::Missing(_) | VerifyError::Task(_) => ExitCode::Bug,
         _ => ExitCode::BadData,
+    }
+}
+
+/// Data that is damaged is told from data, or a host, that has to be prepared first.
+pub(crate) fn of_source(error: &SourceError) -> ExitCode {
+    match error {
+        SourceError::Evaluators { source, .. } => of_pool(source),
+        SourceError::Dataset { source, .. } => match &**source {
+            DatasetError::NotFound { .. } | DatasetError::NoPath { .. } | DatasetError::NotEmbedded { .. } => {
+                ExitCode::MissingInput
+            }
+            DatasetError::NoSuchSplit { .. } => ExitCode::Usage,
+            _ => ExitCode::BadData,
+        },
+    }
+}
+
+/// A host without interpreter or sandbox lacks what an operator can set up.
+pub(crate) const fn of_pool(error: &PoolError) -> ExitCode {
+    match error {
+        PoolError::Setup(_) => ExitCode::MissingInput,
+        _ => ExitCode::Configuration,
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use grail_checkpoint::CheckpointStore;
+use grail_environments::datasets::DatasetSettings;
 use grail_ipc::WorkerClient;
 use grail_protocol::ids::WindowStart;
 use grail_protocol::randomness::ChallengeRandomness;
@@ -17,6 +18,7 @@ use super::local::{open_store, runtime_dir, worker_settings};
 use crate::beacon::Beacon;
 use crate::chain::LocalChain;
 use crate::clock::Clock;
+use crate::evaluators::{EvaluatorSettings, Evaluators};
 use crate::fleet::{self, Target, Workers};
 use crate::gpus::cpu_pins;
 use crate::state;
@@ -46,6 +48,9 @@ pub struct JudgeSettings {
     pub runtime_base: PathBuf,
     /// Resolved variables that the worker must see.
     pub variables: Vec<(&'static str, String)>,
+    /// Where rows are looked for that no context names.
+    pub datasets: DatasetSettings,
+    pub evaluators: EvaluatorSettings,
 }
 
 /// The verdict on one window of a local world.
@@ -105,13 +110,11 @@ pub async fn file(options: &FileOptions) -> Result<Verified, CommandError> {
         Some(challenge) => challenge,
         None => fresh_challenge()?,
     };
-    let verification = open(context, path).await?;
-    judge(&verification, content, challenge, &options.judge).await
-}
-
-async fn open(context: Context, path: PathBuf) -> Result<Verification, CommandError> {
-    let opened = tokio::task::spawn_blocking(move || Verification::new(context, &path)).await;
-    Ok(opened.map_err(VerifyError::from)??)
+    let evaluators = Arc::new(Evaluators::new(options.judge.evaluators.clone()));
+    let verification = Verification::open(context, &path, options.judge.datasets.clone(), evaluators.clone()).await?;
+    let verified = judge(&verification, content, challenge, &options.judge).await;
+    evaluators.shut_down().await;
+    verified
 }
 
 fn read_window_file(path: &Path) -> Result<Bytes, CommandError> {
@@ -172,6 +175,7 @@ pub async fn local(
     let objects = open_store(&state::store_of(state_dir))?;
     let checkpoints = CheckpointStore::new(objects.clone());
     let store = WindowStore::new(objects);
+    let evaluators = Arc::new(Evaluators::new(settings.evaluators.clone()));
     let mut windows = Vec::new();
     for path in contexts(&state::windows_of(state_dir))? {
         let context = Context::read(&path)?;
@@ -191,11 +195,13 @@ pub async fn local(
         // The hash of a simulated block is known at any time; a validator would wait for it.
         let hash = LocalChain::hash_of(chain.seed(), window.end());
         let challenge = challenge.clone().unwrap_or_else(|| beacon.challenge_randomness(&hash, window.end()));
-        let verification = open(context, path.clone()).await?;
+        let verification =
+            Verification::open(context, &path, settings.datasets.clone(), evaluators.clone()).await?;
         let verified = judge(&verification, content, challenge, settings).await?;
         let file = window_file_of(&path);
         windows.push(WindowVerdict { window, file, verified });
     }
+    evaluators.shut_down().await;
     if windows.is_empty() {
         let detail = "no window file is there; run `grail-supervisor mine --local` first".to_owned();
         return Err(CommandError::NoContext { path: state::windows_of(state_dir), detail });

@@ -4,6 +4,7 @@
 //! reported at once; unknown names of ours and names without effect are warnings.
 
 mod dotenv;
+mod environments;
 mod gpu;
 mod origin;
 mod problem;
@@ -15,6 +16,7 @@ mod variables;
 
 use std::collections::BTreeMap;
 
+pub use environments::EnvironmentsConfig;
 pub use gpu::{GenerationGpus, GpuLayout, GpuProblem, GpuRequest, ProofGpus, gpu_layout, visible_devices};
 pub use origin::{Origin, Sourced};
 pub use problem::{ConfigError, Problem, Warning};
@@ -48,6 +50,7 @@ pub struct Config {
     pub proof: ProofConfig,
     pub limits: MiningLimits,
     pub folders: Folders,
+    pub environments: EnvironmentsConfig,
     pub local: LocalConfig,
     pub monitoring: MonitoringConfig,
     /// Directives for the log filter.
@@ -70,6 +73,7 @@ impl Config {
         let proof = ProofConfig::resolve(&mut resolver);
         let limits = MiningLimits::resolve(&mut resolver);
         let folders = Folders::resolve(&mut resolver);
+        let environments = EnvironmentsConfig::resolve(&mut resolver);
         let local = LocalConfig::resolve(&mut resolver);
         let monitoring = MonitoringConfig::resolve(&mut resolver);
         let log = resolver.optional("GRAIL_LOG", resolve::text, String::clone);
@@ -81,7 +85,21 @@ impl Config {
             return Err(ConfigError { problems, report });
         }
         let passthrough = raw.passthrough;
-        Ok(Self { mode, chain, store, generation, proof, limits, folders, local, monitoring, log, passthrough, report })
+        Ok(Self {
+            mode,
+            chain,
+            store,
+            generation,
+            proof,
+            limits,
+            folders,
+            environments,
+            local,
+            monitoring,
+            log,
+            passthrough,
+            report,
+        })
     }
 
     /// All variables with the values in force and where they come from; secrets are redacted.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use grail_checkpoint::retention::RetentionLimits;
+use grail_environments::EnvironmentId;
 use grail_telemetry::SecretString;
 
 use super::Mode;
@@ -386,13 +387,20 @@ fn retention(resolver: &mut Resolver) -> RetentionLimits {
 pub struct LocalConfig {
     /// `None`: what an existing chain has.
     pub block_time: Sourced<Option<Duration>>,
+    /// `None`: what an existing store has.
+    pub environment: Sourced<Option<EnvironmentId>>,
 }
 
 impl LocalConfig {
     pub(super) fn resolve(resolver: &mut Resolver) -> Self {
         let block_ms = resolver.optional("GRAIL_LOCAL_BLOCK_MS", integer::<u64>(20, 600_000), plainly);
-        Self { block_time: block_ms.map(|ms| ms.map(Duration::from_millis)) }
+        let environment = resolver.optional("GRAIL_LOCAL_ENV", environment, plainly);
+        Self { block_time: block_ms.map(|ms| ms.map(Duration::from_millis)), environment }
     }
+}
+
+fn environment(text: &str) -> Result<EnvironmentId, String> {
+    text.parse().map_err(|_| "gsm8k, math, mbpp or humaneval".to_owned())
 }
 
 /// Where metrics go.

@@ -294,12 +294,79 @@ pub const SECTIONS: &[Section] = &[
         ],
     },
     Section {
+        title: "Data sets and evaluators",
+        variables: &[
+            optional(
+                "GRAIL_DATASET_PATH_GSM8K",
+                "the hub's cache, else the hub",
+                "File or folder with the rows of gsm8k: parquet, JSON lines or arrow.",
+            ),
+            optional(
+                "GRAIL_DATASET_PATH_MATH",
+                "the hub's cache, else the hub",
+                "File or folder with the rows of math: parquet, JSON lines or arrow.",
+            ),
+            optional(
+                "GRAIL_DATASET_PATH_MBPP",
+                "the hub's cache, else the hub",
+                "File or folder with the rows of mbpp: parquet, JSON lines or arrow.",
+            ),
+            optional(
+                "GRAIL_DATASET_PATH_HUMANEVAL",
+                "the hub's cache, else the hub",
+                "File or folder with the rows of humaneval: parquet, JSON lines or arrow.",
+            ),
+            optional("GRAIL_DATASET_REVISION_GSM8K", "main", "Commit, tag or branch of gsm8k on the hub."),
+            optional("GRAIL_DATASET_REVISION_MATH", "main", "Commit, tag or branch of math on the hub."),
+            optional("GRAIL_DATASET_REVISION_MBPP", "main", "Commit, tag or branch of mbpp on the hub."),
+            optional("GRAIL_DATASET_REVISION_HUMANEVAL", "main", "Commit, tag or branch of humaneval on the hub."),
+            optional(
+                "GRAIL_DATASET_OVERRIDE_GSM8K",
+                "the published files",
+                "Rows and fingerprints of other files of gsm8k, as SPLIT=ROWS:FINGERPRINT.",
+            ),
+            optional(
+                "GRAIL_DATASET_OVERRIDE_MATH",
+                "the published files",
+                "Rows and fingerprints of other files of math, as SPLIT=ROWS:FINGERPRINT.",
+            ),
+            optional(
+                "GRAIL_DATASET_OVERRIDE_MBPP",
+                "the published files",
+                "Rows and fingerprints of other files of mbpp, as SPLIT=ROWS:FINGERPRINT.",
+            ),
+            optional(
+                "GRAIL_DATASET_OVERRIDE_HUMANEVAL",
+                "the published files",
+                "Rows and fingerprints of other files of humaneval, as SPLIT=ROWS:FINGERPRINT.",
+            ),
+            optional(
+                "GRAIL_EVALUATOR_DIR",
+                "in the user's cache",
+                "Folder of the Python side that `setup-evaluator` makes, for mbpp, humaneval and math.",
+            ),
+            optional("GRAIL_EVALUATORS", "one per core", "Sandboxed interpreters that judge answers."),
+            with_default(
+                "GRAIL_UNSAFE_SANDBOX",
+                "false",
+                "Run programs of a model although the sandbox lacks a part that is required.",
+            ),
+        ],
+    },
+    Section {
         title: "Local demonstration (--local)",
-        variables: &[optional(
-            "GRAIL_LOCAL_BLOCK_MS",
-            "1000 for a new chain, else the existing chain's",
-            "Length of a block of the simulated chain, in milliseconds.",
-        )],
+        variables: &[
+            optional(
+                "GRAIL_LOCAL_BLOCK_MS",
+                "1000 for a new chain, else the existing chain's",
+                "Length of a block of the simulated chain, in milliseconds.",
+            ),
+            optional(
+                "GRAIL_LOCAL_ENV",
+                "gsm8k for a new store, else the existing store's",
+                "Environment that the demonstration's checkpoints name: gsm8k, math, mbpp or humaneval.",
+            ),
+        ],
     },
     Section {
         title: "Logging and monitoring",

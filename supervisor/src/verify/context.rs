@@ -47,8 +47,9 @@ pub struct Context {
     pub dtype: String,
     pub env_id: String,
     pub env_params: BTreeMap<String, serde_json::Value>,
-    /// Rows of the environment's data set, JSON lines, plain or gzip.
-    pub dataset_rows: PathBuf,
+    /// File or folder with the rows of the environment's data set; looked for as a miner does if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset_rows: Option<PathBuf>,
     pub generation_params: ContextSampling,
     pub thinking_mode: String,
     /// Split to use when `env_params` names none.
@@ -78,7 +79,7 @@ impl Context {
             .map_err(|error| ContextError::Malformed { path: path.to_owned(), detail: error.to_string() })?;
         let folder = path.parent().unwrap_or(Path::new(""));
         context.model_dir = folder.join(&context.model_dir);
-        context.dataset_rows = folder.join(&context.dataset_rows);
+        context.dataset_rows = context.dataset_rows.map(|rows| folder.join(rows));
         Ok(context)
     }
 

@@ -5,13 +5,13 @@ pub mod context;
 pub mod shares;
 pub mod table;
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream;
+use grail_environments::datasets::DatasetSettings;
 use grail_environments::{Environment, EnvironmentId, Split, ThinkingMode, prompt_ids};
 use grail_ipc::jobs::{RowJob, VerifyJob};
 use grail_ipc::messages::Severity;
@@ -27,13 +27,16 @@ use grail_protocol::window_file::{WindowFile, read_bytes};
 use self::context::{Context, ContextError};
 use self::shares::Shares;
 use crate::checkpoints::{CheckpointFiles, FilesError};
-use crate::environments::{EnvironmentSource, SourceError};
+use crate::environments::{EnvironmentSource, SourceError, with_rows_at};
+use crate::evaluators::Evaluators;
 use grail_process::with_causes;
 
 /// Rows of one request to the worker, as many as a group has: what a validator computes at once.
 const ROWS_PER_REQUEST: usize = 16;
 /// Requests that the worker holds at once.
 const REQUESTS_IN_FLIGHT: usize = 2;
+/// Answers that are judged at once.
+const EVALUATIONS_IN_FLIGHT: usize = 16;
 
 /// A verification that came to no verdict: the context or the worker is to blame, not the file.
 #[derive(Debug, thiserror::Error)]
@@ -78,17 +81,27 @@ pub struct Verified {
 }
 
 impl Verification {
-    /// Resolves everything that `context` names.
+    /// Resolves everything that `context` names. Rows are looked for where `datasets` say, unless the context names them;
+    /// `evaluators` judge answers.
     ///
     /// # Errors
-    /// [`VerifyError`] if a named file cannot be used or contradicts the context.
-    pub fn new(context: Context, context_path: &Path) -> Result<Self, VerifyError> {
+    /// [`VerifyError`] if a named file cannot be used or contradicts the context, or if answers cannot be judged on this host.
+    pub async fn open(
+        context: Context,
+        context_path: &Path,
+        mut datasets: DatasetSettings,
+        evaluators: Arc<Evaluators>,
+    ) -> Result<Self, VerifyError> {
         let dtype = context::dtype_of(&context, context_path)?;
-        let files = CheckpointFiles::read(&context.model_dir)?;
+        let model_dir = context.model_dir.clone();
+        let files = tokio::task::spawn_blocking(move || CheckpointFiles::read(&model_dir)).await??;
         let environment: EnvironmentId = context.env_id.parse()?;
         let split = Split::resolve(environment, context.split())?;
         let thinking: ThinkingMode = context.thinking_mode.parse()?;
-        let environment = EnvironmentSource::new(context.dataset_rows.clone()).open(environment, split)?;
+        if let Some(rows) = &context.dataset_rows {
+            datasets = with_rows_at(datasets, environment, rows);
+        }
+        let environment = EnvironmentSource::new(datasets, evaluators).open(environment, split).await?;
         context::check_contradictions(&context, context_path, &files)?;
         Ok(Self { context, dtype, files, environment, thinking })
     }
@@ -153,10 +166,13 @@ impl Verification {
     async fn facts(&self, needs: &Needs, worker: &Arc<WorkerClient>) -> Result<Facts, VerifyError> {
         let prompts = needs.groups.iter().map(|needed| (needed.group, self.prompt(needed))).collect();
         let forwards = self.forwards(&needs.rows, worker).await?;
-        let mut rows = HashMap::with_capacity(needs.rows.len());
-        for (needed, forward) in needs.rows.iter().zip(forwards) {
-            rows.insert(needed.row, RowFacts { forward, evaluation: self.evaluate(needed).await });
-        }
+        let evaluations: Vec<_> = stream::iter(needs.rows.iter().map(|needed| self.evaluate(needed)))
+            .buffered(EVALUATIONS_IN_FLIGHT)
+            .collect()
+            .await;
+        let facts = forwards.into_iter().zip(evaluations);
+        let facts = facts.map(|(forward, evaluation)| RowFacts { forward, evaluation });
+        let rows = needs.rows.iter().map(|needed| needed.row).zip(facts).collect();
         Ok(Facts { prompts, rows })
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use grail_checkpoint::GenerationParams;
-use grail_environments::{Environment, EnvironmentId, Split, ThinkingMode};
+use grail_environments::{Environment, EnvironmentId, NoEvaluator, Split, ThinkingMode, datasets};
 use grail_ipc::messages::SlotId;
 use grail_process::restart::RestartPolicy;
 use grail_protocol::gate::TimeGate;
@@ -20,7 +20,6 @@ use grail_supervisor::checkpoints::{CheckpointFiles, CheckpointRule};
 use grail_supervisor::clock::Clock;
 use grail_supervisor::demo::Demo;
 use grail_supervisor::engine::{Engine, EngineError, Limits, StopSignals};
-use grail_supervisor::environments::EnvironmentSource;
 use grail_supervisor::fleet::{FleetError, Heartbeat, Observers, SlotCommand, SlotLimits, Target, WorkerLink, Workers};
 use grail_supervisor::group::WindowParts;
 use grail_supervisor::journal::{self, Event, Journal};
@@ -106,7 +105,7 @@ pub fn fixtures() -> &'static Fixtures {
         let demo = Demo::unpack(folder.path()).unwrap();
         let files = CheckpointFiles::read(&demo.first).unwrap();
         let split = Split::resolve(EnvironmentId::Gsm8k, None).unwrap();
-        let environment = EnvironmentSource::new(demo.dataset_rows.clone()).open(EnvironmentId::Gsm8k, split).unwrap();
+        let environment = datasets::embedded(EnvironmentId::Gsm8k, split, Arc::new(NoEvaluator)).unwrap();
         let signer = Arc::new(Keypair::from_uri(DEMO_HOTKEY_URI).unwrap());
         Fixtures { _folder: folder, demo, files, environment, signer }
     })
@@ -332,7 +331,7 @@ impl World {
             thinking: ThinkingMode::Instructed,
             sampling: GenerationParams { max_tokens: COMPLETION_TOKENS as u64, ..fixtures.demo.generation },
             dtype: "float32",
-            dataset_rows: fixtures.demo.dataset_rows.clone(),
+            dataset_rows: Some(fixtures.demo.rows[&EnvironmentId::Gsm8k].clone()),
             deadline: chain.expected_time(window.end()).await.unwrap() - self.pace.slack,
         };
         let outage = self.schedule.outage.map(|(after, lasts)| {

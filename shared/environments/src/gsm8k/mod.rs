@@ -24,7 +24,7 @@ use crate::tasks::{SeedRule, Tasks};
 use crate::thinking::ThinkingMode;
 
 /// The authors' training file; origin and licence in `data/NOTICE.md`.
-pub static EMBEDDED_TRAIN: &[u8] = include_bytes!("../../data/gsm_train.jsonl.gz");
+pub const EMBEDDED_TRAIN: &[u8] = include_bytes!("../../data/gsm_train.jsonl.gz");
 
 /// Rows of the training file that are held out as `val`.
 pub const VAL_ROWS: usize = 250;

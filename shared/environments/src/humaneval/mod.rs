@@ -12,7 +12,7 @@ use crate::python::Programs;
 use crate::split::Split;
 
 /// The authors' file; origin and licence in `data/NOTICE.md`.
-pub static EMBEDDED: &[u8] = include_bytes!("../../data/HumanEval.jsonl.gz");
+pub const EMBEDDED: &[u8] = include_bytes!("../../data/HumanEval.jsonl.gz");
 
 /// HumanEval, which has one split.
 pub type HumanEval = Programs<HumanEvalRow>;

@@ -18,7 +18,7 @@ pub use equality::{Decision, decide};
 pub use normal::normalize;
 pub use reward::{ParsedCompletion, parse};
 pub use row::{MathRow, level};
-pub use stand_in::stand_in_rows;
+pub use stand_in::{StandInFile, stand_in_files, stand_in_rows};
 
 use crate::datasets::DatasetError;
 use crate::environment::{BoxFuture, Environment, Task, TaskError};

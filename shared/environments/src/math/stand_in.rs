@@ -1,8 +1,49 @@
 //! Made-up problems in the place of MATH, which no package may ship.
 
+use std::fmt::Write;
+
+use serde_json::json;
+
 use super::row::MathRow;
 use super::{SUBSETS, Subset};
 use crate::split::Split;
+
+/// A file of made-up rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StandInFile {
+    /// Path below the folder of the data set, as the loader looks for it.
+    pub path: String,
+    /// Rows as JSON lines.
+    pub text: String,
+}
+
+/// The rows of all subsets and splits as files of a data set folder.
+#[must_use]
+pub fn stand_in_files() -> Vec<StandInFile> {
+    let of_split = |(split, stem): (Split, &'static str)| {
+        let files = SUBSETS.iter().zip(stand_in_rows(split));
+        files.map(move |(subset, rows)| StandInFile {
+            path: format!("{}/{stem}.jsonl", subset.name),
+            text: json_lines(&rows),
+        })
+    };
+    [(Split::Train, "train"), (Split::Test, "test")].into_iter().flat_map(of_split).collect()
+}
+
+fn json_lines(rows: &[MathRow]) -> String {
+    let mut text = String::new();
+    for row in rows {
+        let line = json!({
+            "problem": &*row.problem,
+            "level": &*row.level,
+            "type": &*row.subject,
+            "solution": &*row.solution,
+        });
+        // Writing into a string cannot fail.
+        writeln!(text, "{line}").unwrap_or_default();
+    }
+    text
+}
 
 /// Rows of the files that `split` is made from, one list per subset, with the true sizes.
 #[must_use]

@@ -14,7 +14,7 @@ use crate::python::Programs;
 use crate::split::Split;
 
 /// The authors' file with all 974 rows; origin and licence in `data/NOTICE.md`.
-pub static EMBEDDED: &[u8] = include_bytes!("../../data/mbpp.jsonl.gz");
+pub const EMBEDDED: &[u8] = include_bytes!("../../data/mbpp.jsonl.gz");
 
 /// Seed of the shuffle that divides the test file.
 const SHUFFLE_SEED: u64 = 42;
