@@ -132,10 +132,12 @@ pub enum Command {
     Env(EnvArgs),
 
     /// Install what is needed to judge programs and formulas, and check the sandbox.
-    #[command(long_about = "Finds CPython 3.12, installs the pinned packages that judge formulas beside it, once, and says \
+    #[command(
+        long_about = "Finds CPython 3.12, installs the pinned packages that judge formulas beside it, once, and says \
                             which layers of the sandbox work on this host. mbpp, humaneval and math need it; gsm8k does not. \
                             Exit status 1 if the sandbox lacks what running programs of a model requires, 66 if nothing is \
-                            installed, 69 if there is no fitting interpreter or its packages cannot be had.")]
+                            installed, 69 if there is no fitting interpreter or its packages cannot be had."
+    )]
     SetupEvaluator(SetupEvaluatorArgs),
 
     /// Tell the running supervisor to stop, and wait until it is gone.
@@ -567,7 +569,17 @@ mod tests {
             &["checkpoint", "verify"],
             &["env", "list"],
             &["env", "show", "python_code", "--task", "train_1"],
-            &["env", "show", "math", "--group", "3", "--hotkey", "5F", "--window-hash", &format!("0x{}", "ab".repeat(32))],
+            &[
+                "env",
+                "show",
+                "math",
+                "--group",
+                "3",
+                "--hotkey",
+                "5F",
+                "--window-hash",
+                &format!("0x{}", "ab".repeat(32)),
+            ],
             &["env", "prompt", "gsm8k", "--seed", "1", "--checkpoint", "3000"],
             &["env", "score", "mbpp", "-"],
             &["setup-evaluator", "--probe"],

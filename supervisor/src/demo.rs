@@ -87,7 +87,7 @@ impl Demo {
     /// What the file system says, for instance that it is full.
     pub fn unpack(folder: &Path) -> Result<Self, DemoError> {
         let (first, second) = (folder.join("first"), folder.join("second"));
-        let unpack = |folder: &Path, files| {
+        let unpack = |folder: &Path, files: &[Embedded]| {
             unpack_files(folder, files).map_err(|source| DemoError::Unpack { folder: folder.to_owned(), source })
         };
         unpack(&first, FIRST)?;

@@ -51,10 +51,7 @@ pub struct LocalTrainer {
 ///
 /// # Errors
 /// [`TrainerError::OtherEnvironment`] if the store holds checkpoints for another one than is `asked` for.
-pub async fn environment(
-    store: &CheckpointStore,
-    asked: Option<EnvironmentId>,
-) -> Result<EnvironmentId, TrainerError> {
+pub async fn environment(store: &CheckpointStore, asked: Option<EnvironmentId>) -> Result<EnvironmentId, TrainerError> {
     let published = store.published(FIRST_CHECKPOINT).await.map_err(TrainerError::Metadata)?;
     let found = published.policy().ok().map(|policy| policy.env_id.clone());
     let named = found.as_deref().and_then(|id| id.parse::<EnvironmentId>().ok());

@@ -188,7 +188,9 @@ fn what_is_missing_on_a_host_is_listed_with_the_remedy() {
     let environments = listed["environments"].as_array().unwrap();
     let ids: Vec<_> = environments.iter().map(|one| one["environment"].as_str().unwrap()).collect();
     assert_eq!(ids, ["gsm8k", "math", "mbpp", "humaneval"]);
-    assert!(environments.iter().all(|one| one["splits"][0]["missing"].as_str().unwrap().contains("GRAIL_DATASET_PATH")));
+    assert!(
+        environments.iter().all(|one| one["splits"][0]["missing"].as_str().unwrap().contains("GRAIL_DATASET_PATH"))
+    );
     assert_eq!(environments[0]["evaluator_missing"], Value::Null);
     assert!(environments[2]["evaluator_missing"].as_str().unwrap().contains("setup-evaluator"));
 }

@@ -27,8 +27,10 @@ pub enum EnvCommand {
     List(EnvListArgs),
 
     /// Show a task: its question, and what its answers are judged by.
-    #[command(long_about = "Shows the task that a seed, a group of a window or an id means, with what its answers are judged \
-                            by. Exit status 66 if there are no rows.")]
+    #[command(
+        long_about = "Shows the task that a seed, a group of a window or an id means, with what its answers are judged \
+                            by. Exit status 66 if there are no rows."
+    )]
     Show(EnvShowArgs),
 
     /// Show the prompt of a task, as text and as token ids.

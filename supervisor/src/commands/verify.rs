@@ -195,8 +195,7 @@ pub async fn local(
         // The hash of a simulated block is known at any time; a validator would wait for it.
         let hash = LocalChain::hash_of(chain.seed(), window.end());
         let challenge = challenge.clone().unwrap_or_else(|| beacon.challenge_randomness(&hash, window.end()));
-        let verification =
-            Verification::open(context, &path, settings.datasets.clone(), evaluators.clone()).await?;
+        let verification = Verification::open(context, &path, settings.datasets.clone(), evaluators.clone()).await?;
         let verified = judge(&verification, content, challenge, settings).await?;
         let file = window_file_of(&path);
         windows.push(WindowVerdict { window, file, verified });

@@ -49,7 +49,7 @@ pub async fn list(site: &EnvSite, form: Form) -> Result<String, CommandError> {
     for id in EnvironmentId::ALL {
         let evaluator_missing = site.evaluators.start_for(id).await.err().map(|error| with_causes(&error));
         let mut splits = Vec::new();
-        for split in splits_of(id) {
+        for split in splits_of(id).iter().copied() {
             let opened = source.open_without_evaluators(id, split).await;
             let (tasks, missing) = match opened {
                 Ok(environment) => (Some(environment.task_count()), None),

@@ -59,7 +59,8 @@ struct Scored {
 /// # Errors
 /// [`CommandError`] if the file, the rows or the evaluators are of no use; nothing is judged then.
 pub async fn score(site: &EnvSite, options: &ScoreOptions) -> Result<Scores, CommandError> {
-    let text = read(&options.file).map_err(|source| EnvCommandError::Completions { path: options.file.clone(), source })?;
+    let text =
+        read(&options.file).map_err(|source| EnvCommandError::Completions { path: options.file.clone(), source })?;
     let environment = options.choice.open(site).await?;
     let lines = lines(&text, options, &*environment)?;
     site.evaluators.start_for(environment.id()).await.map_err(EnvCommandError::from)?;
@@ -116,7 +117,8 @@ fn lines(
             (None, Some(seed)) => Pick::Seed(EnvironmentSeed(seed)),
             (None, None) => options.choice.pick.clone(),
         };
-        let nameless = || wrong("it names no `task` and no `seed`; name one there, or one for all with --task".to_owned());
+        let nameless =
+            || wrong("it names no `task` and no `seed`; name one there, or one for all with --task".to_owned());
         let task = task(environment, &pick)?.ok_or_else(nameless)?;
         Ok((number, task, line.completion))
     };
