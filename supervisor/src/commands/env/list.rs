@@ -1,7 +1,9 @@
 //! `env list`.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
+use grail_environments::datasets::DatasetError;
 use grail_environments::{EnvironmentId, Split};
 use grail_process::with_causes;
 use serde::Serialize;
@@ -9,7 +11,7 @@ use serde::Serialize;
 use super::{EnvSite, SCHEMA, document};
 use crate::commands::CommandError;
 use crate::commands::control::Form;
-use crate::environments::EnvironmentSource;
+use crate::environments::{EnvironmentSource, SourceError};
 
 /// All environments.
 #[derive(Debug, Serialize)]
@@ -43,7 +45,7 @@ struct ListedSplit {
 /// [`CommandError`] if the answer cannot be written.
 pub async fn list(site: &EnvSite, form: Form) -> Result<String, CommandError> {
     let mut datasets = site.datasets.clone();
-    datasets.hub.is_offline = true;
+    let has_hub = !std::mem::replace(&mut datasets.hub.is_offline, true);
     let source = EnvironmentSource::new(datasets, site.evaluators.clone());
     let mut environments = Vec::new();
     for id in EnvironmentId::ALL {
@@ -53,7 +55,7 @@ pub async fn list(site: &EnvSite, form: Form) -> Result<String, CommandError> {
             let opened = source.open_without_evaluators(id, split).await;
             let (tasks, missing) = match opened {
                 Ok(environment) => (Some(environment.task_count()), None),
-                Err(error) => (None, Some(with_causes(&error))),
+                Err(error) => (None, Some(missing(&error, has_hub))),
             };
             splits.push(ListedSplit { split, tasks, missing });
         }
@@ -65,6 +67,18 @@ pub async fn list(site: &EnvSite, form: Form) -> Result<String, CommandError> {
     match form {
         Form::Text => Ok(answer.render()),
         Form::Json => document(&answer),
+    }
+}
+
+/// What lacks and what to do, without the list of all places that were looked at.
+fn missing(error: &SourceError, has_hub: bool) -> String {
+    let SourceError::Dataset { source, .. } = error else { return with_causes(error) };
+    match &**source {
+        DatasetError::NotFound { remedy, .. } if has_hub => {
+            format!("not on this host; the first window that needs it asks the hub, or {remedy}")
+        }
+        DatasetError::NotFound { remedy, .. } => format!("not on this host, and the hub is not to be asked; {remedy}"),
+        other => with_causes(other),
     }
 }
 
@@ -87,8 +101,9 @@ impl Environments {
             };
             let splits = listed.splits.iter().map(tasks).collect::<Vec<_>>().join(", ");
             line(format!("{:<10} {splits}", listed.environment.as_str()));
+            let mut told = BTreeSet::new();
             for split in &listed.splits {
-                if let Some(missing) = &split.missing {
+                if let Some(missing) = split.missing.as_ref().filter(|missing| told.insert(missing.as_str())) {
                     line(format!("{:<10} {}: {missing}", "", split.split));
                 }
             }
