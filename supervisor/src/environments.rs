@@ -3,9 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use grail_checkpoint::MiningPolicy;
 use grail_environments::datasets::{DatasetError, DatasetSettings, Datasets};
 use grail_environments::pool::PoolError;
 use grail_environments::{Environment, EnvironmentId, Split};
+use grail_process::with_causes;
 
 use crate::evaluators::Evaluators;
 
@@ -62,6 +64,15 @@ impl EnvironmentSource {
     ) -> Result<Arc<dyn Environment>, SourceError> {
         let failed = |source| SourceError::Dataset { environment: id, source: Box::new(source) };
         self.datasets.open(id, split).await.map_err(failed)
+    }
+
+    /// Opens what `policy` names, ahead of the window that needs it. What is wrong is only told: that window says it again.
+    pub async fn prepare(&self, policy: &MiningPolicy) {
+        let Ok(id) = policy.env_id.parse::<EnvironmentId>() else { return };
+        let Ok(split) = Split::resolve(id, policy.env_params.split.as_deref()) else { return };
+        if let Err(error) = self.open(id, split).await {
+            tracing::warn!(environment = %id, %split, error = with_causes(&error), "The environment cannot be served yet.");
+        }
     }
 
     /// The evaluators.

@@ -87,7 +87,7 @@ pub struct Miner {
     pub chain: Arc<dyn Chain>,
     pub beacon: Beacon,
     pub checkpoints: Checkpoints,
-    pub environments: EnvironmentSource,
+    pub environments: Arc<EnvironmentSource>,
     pub engine: Engine,
     pub fleet: Fleet,
     pub signer: Arc<Keypair>,
@@ -191,6 +191,8 @@ impl Miner {
             }
             Err(error) => return Err(MineError::FirstCheckpoint(error)),
         };
+        let (environments, named) = (self.environments.clone(), checkpoint.clone());
+        tokio::spawn(async move { environments.prepare(&named.policy).await });
         self.checkpoints.activate(checkpoint.installed.window);
         Ok(self.fleet.roll(&checkpoint).await?)
     }

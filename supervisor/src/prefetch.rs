@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use crate::chain::{Chain, next_window};
 use crate::checkpoints::{CheckpointError, Checkpoints, ReadyCheckpoint};
+use crate::environments::EnvironmentSource;
 use crate::fleet::{FleetHandle, target_of};
 use crate::journal::Event;
 
@@ -27,6 +28,7 @@ pub struct Prefetcher {
     pub checkpoints: Checkpoints,
     pub chain: Arc<dyn Chain>,
     pub fleet: FleetHandle,
+    pub environments: Arc<EnvironmentSource>,
     pub journal: mpsc::UnboundedSender<Event>,
 }
 
@@ -66,6 +68,9 @@ impl Prefetcher {
                     fetched = Some(next);
                     failed.remove(&next);
                     self.make_ready(&ready);
+                    // Beside: whoever mines relies on the store being listed all the time.
+                    let environments = self.environments.clone();
+                    tokio::spawn(async move { environments.prepare(&ready.policy).await });
                 }
                 Some(Err(error)) => {
                     let pause = failed.get(&next).map_or(pause, |failed| (failed.pause * 2).min(LONGEST_RETRY));

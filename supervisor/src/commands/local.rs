@@ -156,11 +156,17 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
     let evaluators = EvaluatorSettings { delegation: delegation.clone(), ..settings.evaluators.clone() };
     let evaluators = Arc::new(Evaluators::new(evaluators));
     let fleet = Fleet::new(fleet_settings(settings, delegation)?, notes.clone(), progress.clone());
-    let prefetcher =
-        Prefetcher { checkpoints: checkpoints.clone(), chain: chain.clone(), fleet: fleet.handle(), journal: notes };
+    let environments = Arc::new(EnvironmentSource::new(demo.datasets(settings.datasets.clone()), evaluators));
+    let prefetcher = Prefetcher {
+        checkpoints: checkpoints.clone(),
+        chain: chain.clone(),
+        fleet: fleet.handle(),
+        environments: environments.clone(),
+        journal: notes,
+    };
     let miner = Miner {
         checkpoints,
-        environments: EnvironmentSource::new(demo.datasets(settings.datasets.clone()), evaluators),
+        environments,
         fleet,
         signer: Arc::new(Keypair::from_uri(DEMO_HOTKEY_URI)?),
         progress: progress.clone(),
