@@ -5,7 +5,7 @@ SHELL := /bin/bash
 
 PREFIX ?= /usr/local
 # Environment of the demo.
-ENV ?= gsm8k
+ENV = gsm8k
 REPORT_DIR := $(CURDIR)/target/vector-report
 
 .PHONY: help

@@ -63,6 +63,21 @@ for window in report["windows"]:
     expect(shares["distribution"] >= MIN_DISTRIBUTION, f"{shares['distribution']:.1%} of rows pass the distribution check")
 
 if not is_trained_for:
+    print("an answer that is right, which the demo model does not write")
+    environment = sys.argv[3]
+    shown = subprocess.run(
+        [supervisor, "env", "show", environment, "--task", "2", "--embedded", "--json"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    payload = json.loads(shown.stdout)["payload"]
+    # A formula that equals the answer only for whoever understands formulas.
+    right = payload["reference_solution"] if "tests" in payload else f"0 + {payload['answer']}"
+    completion = f"because</end_working_out><SOLUTION>{right}</SOLUTION>"
+    scored = subprocess.run(
+        [supervisor, "env", "score", environment, "-", "--task", "2", "--embedded"],
+        input=json.dumps({"completion": completion}), stdout=subprocess.PIPE, text=True, check=True,
+    )
+    verdict = json.loads(scored.stdout)["evaluation"]
+    expect(verdict["success"], f"earns {verdict['reward']:.3f}")
     sys.exit(1 if problems else 0)
 
 print("the roll between the windows")

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Parser;
-use grail_checkpoint::CheckpointCache;
+use grail_checkpoint::layout;
 use grail_environments::EnvironmentId;
 use grail_environments::datasets::DatasetSettings;
 use grail_ipc::messages::SlotId;
@@ -22,7 +22,7 @@ use crate::cli::{
 };
 use crate::commands::checkpoint::{self, Extent, PruneMode, Site};
 use crate::commands::control::{self, Form, Wait, Whereabouts};
-use crate::commands::env::{self, EnvSite, Pick, PromptOptions, ScoreOptions, SetupMode, TaskChoice};
+use crate::commands::env::{self, Completeness, EnvSite, Pick, PromptOptions, RowsChoice, ScoreOptions, SetupMode};
 use crate::commands::local::LocalSettings;
 use crate::commands::verify::{FileOptions, JudgeSettings};
 use crate::commands::{CommandError, mine, verify};
@@ -326,11 +326,13 @@ fn env_command(command: &EnvCommand, inputs: &Inputs, verbosity: u8) -> ExitCode
         let text = match command {
             EnvCommand::List(args) => env::list(&site, form(args.json)).await?,
             EnvCommand::Show(args) => {
-                env::show(&site, &task_choice(args.environment, &args.task, &args.rows), form(args.json)).await?
+                let choice = rows_choice(args.environment, &args.rows);
+                env::show(&site, &choice, &pick(&args.task).unwrap_or(FIRST_TASK), form(args.json)).await?
             }
             EnvCommand::Prompt(args) => {
                 let options = PromptOptions {
-                    choice: task_choice(args.environment, &args.task, &args.rows),
+                    choice: rows_choice(args.environment, &args.rows),
+                    pick: pick(&args.task).unwrap_or(FIRST_TASK),
                     checkpoint: checkpoint_folder(&args.checkpoint, &config),
                     thinking_mode: args.thinking_mode,
                 };
@@ -338,39 +340,48 @@ fn env_command(command: &EnvCommand, inputs: &Inputs, verbosity: u8) -> ExitCode
             }
             EnvCommand::Score(args) => {
                 let options = ScoreOptions {
-                    choice: task_choice(args.environment, &args.task, &args.rows),
+                    choice: rows_choice(args.environment, &args.rows),
+                    pick: pick(&args.task),
                     file: args.file.clone(),
                     thinking_mode: args.thinking_mode,
                 };
                 let scores = env::score(&site, &options).await?;
-                return Ok((scores.text, answer(scores.is_complete)));
+                let code = match scores.completeness {
+                    Completeness::Complete => ExitCode::Done,
+                    Completeness::Undecidable => ExitCode::No,
+                    Completeness::SandboxFailed => ExitCode::Temporary,
+                };
+                return Ok((scores.text, code));
             }
         };
         Ok((text, ExitCode::Done))
     })
 }
 
-fn task_choice(environment: EnvironmentId, task: &TaskArgs, rows: &RowsArgs) -> TaskChoice {
-    let group = || {
+/// Never used: the command line demands a task where one is needed.
+const FIRST_TASK: Pick = Pick::Seed(EnvironmentSeed(0));
+
+fn rows_choice(environment: EnvironmentId, rows: &RowsArgs) -> RowsChoice {
+    RowsChoice { environment, split: rows.split.clone(), is_embedded: rows.embedded }
+}
+
+fn pick(task: &TaskArgs) -> Option<Pick> {
+    if let Some(id) = &task.task {
+        return Some(Pick::Id(id.clone()));
+    }
+    let of_group = || {
         let hotkey = task.hotkey.as_ref()?;
         Some(seed::environment_seed(hotkey, task.window_hash.as_ref()?, task.group?))
     };
-    let pick = match (&task.task, task.seed) {
-        (Some(id), _) => Pick::Id(id.clone()),
-        (None, Some(seed)) => Pick::Seed(EnvironmentSeed(seed)),
-        (None, None) => group().map_or(Pick::ByLine, Pick::Seed),
-    };
-    TaskChoice { environment, split: rows.split.clone(), is_embedded: rows.embedded, pick }
+    task.seed.map(EnvironmentSeed).or_else(of_group).map(Pick::Seed)
 }
 
 /// A folder, or where the cache keeps the checkpoint of a window.
 fn checkpoint_folder(named: &Path, config: &Config) -> PathBuf {
     let window = named.to_str().and_then(|text| text.parse().ok()).map(CheckpointWindow);
-    let cached = |window| {
-        let cache = CheckpointCache::open(state::checkpoints_of(&local_state_dir(config))).ok()?;
-        Some(cache.folder(window))
-    };
-    window.filter(|_| !named.is_dir()).and_then(cached).unwrap_or_else(|| named.to_owned())
+    // The cache is not opened: that would make its folder.
+    let cached = |window| state::checkpoints_of(&local_state_dir(config)).join(layout::folder_name(window));
+    window.filter(|_| !named.is_dir()).map_or_else(|| named.to_owned(), cached)
 }
 
 fn setup_command(args: &SetupEvaluatorArgs, inputs: &Inputs, verbosity: u8) -> ExitCode {

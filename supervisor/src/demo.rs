@@ -97,11 +97,6 @@ impl Demo {
             unpack(folder, &[file])?;
             rows.insert(environment, folder.join(file.0));
         }
-        // Left by an earlier start that was for this environment.
-        let stand_in = folder.join(STAND_IN);
-        if stand_in.is_dir() {
-            rows.insert(EnvironmentId::Math, stand_in);
-        }
         let metadata: DemoMetadata = serde_json::from_slice(METADATA)?;
         let generation = GenerationParams::from_json(&metadata.generation_params)?;
         Ok(Self { folder: folder.to_owned(), first, second, rows, metadata, generation })

@@ -7,7 +7,6 @@ use grail_checkpoint::MiningPolicy;
 use grail_environments::datasets::{DatasetError, DatasetSettings, Datasets};
 use grail_environments::pool::PoolError;
 use grail_environments::{Environment, EnvironmentId, Split};
-use grail_process::with_causes;
 
 use crate::evaluators::Evaluators;
 
@@ -48,12 +47,21 @@ impl EnvironmentSource {
     /// # Errors
     /// If the rows cannot be had or are not the data set that validators use, or if answers cannot be judged on this host.
     pub async fn open(&self, id: EnvironmentId, split: Split) -> Result<Arc<dyn Environment>, SourceError> {
-        let failed = |source| SourceError::Evaluators { environment: id, source: Box::new(source) };
-        self.evaluators.start_for(id).await.map_err(failed)?;
-        self.open_without_evaluators(id, split).await
+        let environment = self.open_without_evaluators(id, split).await?;
+        self.start_evaluators(id).await?;
+        Ok(environment)
     }
 
-    /// As [`Self::open`], for tasks alone: evaluators start when something is judged.
+    /// Starts what judges answers of `id`, unless it runs.
+    ///
+    /// # Errors
+    /// If answers cannot be judged on this host.
+    pub async fn start_evaluators(&self, id: EnvironmentId) -> Result<(), SourceError> {
+        let failed = |source| SourceError::Evaluators { environment: id, source: Box::new(source) };
+        self.evaluators.start_for(id).await.map_err(failed)
+    }
+
+    /// As [`Self::open`], for tasks, or for groups that were judged before: evaluators start when something is judged.
     ///
     /// # Errors
     /// If the rows cannot be had or are not the data set that validators use.
@@ -66,13 +74,14 @@ impl EnvironmentSource {
         self.datasets.open(id, split).await.map_err(failed)
     }
 
-    /// Opens what `policy` names, ahead of the window that needs it. What is wrong is only told: that window says it again.
-    pub async fn prepare(&self, policy: &MiningPolicy) {
-        let Ok(id) = policy.env_id.parse::<EnvironmentId>() else { return };
-        let Ok(split) = Split::resolve(id, policy.env_params.split.as_deref()) else { return };
-        if let Err(error) = self.open(id, split).await {
-            tracing::warn!(environment = %id, %split, error = with_causes(&error), "The environment cannot be served yet.");
-        }
+    /// Opens what `policy` names, ahead of the window that needs it. Names that mean nothing are left to that window.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_of(&self, policy: &MiningPolicy) -> Result<(), SourceError> {
+        let Ok(id) = policy.env_id.parse::<EnvironmentId>() else { return Ok(()) };
+        let Ok(split) = Split::resolve(id, policy.env_params.split.as_deref()) else { return Ok(()) };
+        self.open(id, split).await.map(drop)
     }
 
     /// The evaluators.

@@ -13,6 +13,7 @@ use grail_environments::{BoxFuture, EnvironmentId, Evaluator, EvaluatorError, Pr
 use grail_process::cgroup::Delegation;
 use grail_process::with_causes;
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 
 /// First argument of this program where it is to become an interpreter in a sandbox; no command for people.
 const SANDBOX_COMMAND: &str = "evaluator-zygote";
@@ -80,13 +81,15 @@ pub struct Evaluators {
     settings: EvaluatorSettings,
     programs: Mutex<Option<Arc<Pool>>>,
     formulas: Mutex<Option<Arc<Pool>>>,
+    /// Ends starts that are under way, and refuses others.
+    end: CancellationToken,
 }
 
 impl Evaluators {
     /// None of them runs yet.
     #[must_use]
     pub fn new(settings: EvaluatorSettings) -> Self {
-        Self { settings, programs: Mutex::default(), formulas: Mutex::default() }
+        Self { settings, programs: Mutex::default(), formulas: Mutex::default(), end: CancellationToken::new() }
     }
 
     /// Starts what `environment` needs, unless it runs. A failure is not remembered: the next call tries again.
@@ -100,12 +103,12 @@ impl Evaluators {
         }
     }
 
-    /// Ends all interpreters and waits until nothing is left of them.
+    /// Ends all interpreters for good and waits until nothing is left of them. Whoever still waits for a verdict gets none.
     pub async fn shut_down(&self) {
+        self.end.cancel();
         for kind in [Kind::Programs, Kind::Formulas] {
             let pool = self.place(kind).lock().await.take();
-            // Whoever still waits for a verdict keeps its pool, which ends when that one is dropped.
-            if let Some(pool) = pool.and_then(Arc::into_inner) {
+            if let Some(pool) = pool {
                 pool.shut_down().await;
             }
         }
@@ -124,7 +127,8 @@ impl Evaluators {
         if let Some(pool) = &*place {
             return Ok(Arc::clone(pool));
         }
-        let pool = Arc::new(Pool::start(self.config(kind)?).await?);
+        let started = self.end.run_until_cancelled(Pool::start(self.config(kind)?)).await;
+        let pool = Arc::new(started.ok_or(PoolError::ShutDown)??);
         *place = Some(Arc::clone(&pool));
         Ok(pool)
     }
@@ -132,13 +136,16 @@ impl Evaluators {
     fn config(&self, kind: Kind) -> Result<PoolConfig, PoolError> {
         let settings = &self.settings;
         let mut config = PoolConfig::new(helper(), installation(settings.folder.as_ref())?);
-        let count = |kind_of_field, by_cores| match settings.count {
-            _ if kind != kind_of_field => 0,
-            Some(count) => count,
-            None => by_cores,
-        };
-        config.programs = count(Kind::Programs, config.programs);
-        config.formulas = count(Kind::Formulas, config.formulas);
+        match kind {
+            Kind::Programs => {
+                config.programs = settings.count.unwrap_or(config.programs);
+                config.formulas = 0;
+            }
+            Kind::Formulas => {
+                config.programs = 0;
+                config.formulas = settings.count.unwrap_or(config.formulas);
+            }
+        }
         config.is_unsafe_accepted = settings.is_unsafe_accepted;
         config.delegation.clone_from(&settings.delegation);
         Ok(config)
@@ -157,5 +164,40 @@ impl Evaluator for Evaluators {
 
     fn are_equal<'a>(&'a self, left: &'a str, right: &'a str) -> BoxFuture<'a, Result<bool, EvaluatorError>> {
         Box::pin(async move { self.running(Kind::Formulas).await?.are_equal(left, right).await })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_what_is_judged_by_python_needs_an_interpreter() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = EvaluatorSettings { folder: Some(folder.path().join("absent")), ..EvaluatorSettings::default() };
+        let evaluators = Evaluators::new(settings);
+        evaluators.start_for(EnvironmentId::Gsm8k).await.unwrap();
+        for environment in [EnvironmentId::Math, EnvironmentId::Mbpp, EnvironmentId::HumanEval] {
+            let error = evaluators.start_for(environment).await.unwrap_err();
+            assert!(matches!(error, PoolError::Setup(SetupError::NotSetUp { .. })), "{error}");
+        }
+        let verdict = evaluators.are_equal("1/2", "0.5").await;
+        assert!(matches!(verdict, Err(EvaluatorError::Sandbox { .. })), "{verdict:?}");
+    }
+
+    #[tokio::test]
+    async fn nothing_starts_after_the_end() {
+        let evaluators = Evaluators::new(EvaluatorSettings::default());
+        evaluators.shut_down().await;
+        let error = evaluators.start_for(EnvironmentId::Math).await.unwrap_err();
+        assert!(matches!(error, PoolError::ShutDown), "{error}");
+    }
+
+    #[test]
+    fn each_kind_has_interpreters_of_its_own_only() {
+        let settings = EvaluatorSettings { folder: Some("/e".into()), count: Some(3), ..EvaluatorSettings::default() };
+        let evaluators = Evaluators::new(settings);
+        let counts = |kind| evaluators.config(kind).map(|config| (config.programs, config.formulas)).unwrap();
+        assert_eq!([counts(Kind::Programs), counts(Kind::Formulas)], [(3, 0), (0, 3)]);
     }
 }

@@ -42,6 +42,8 @@ pub enum MineError {
     /// Before the first window nothing runs yet that waiting would help.
     #[error("no window can be mined")]
     FirstCheckpoint(#[source] CheckpointError),
+    #[error("no window can be mined")]
+    FirstEnvironment(#[source] SourceError),
 }
 
 /// Why a window is not mined; the next one may be.
@@ -191,10 +193,11 @@ impl Miner {
             }
             Err(error) => return Err(MineError::FirstCheckpoint(error)),
         };
-        let (environments, named) = (self.environments.clone(), checkpoint.clone());
-        tokio::spawn(async move { environments.prepare(&named.policy).await });
         self.checkpoints.activate(checkpoint.installed.window);
-        Ok(self.fleet.roll(&checkpoint).await?)
+        let environments = self.environments.clone();
+        let environment = async { environments.open_of(&checkpoint.policy).await.map_err(MineError::FirstEnvironment) };
+        let fleet = async { Ok(self.fleet.roll(&checkpoint).await?) };
+        futures::try_join!(fleet, environment).map(drop)
     }
 
     fn has_spooled(&self, window: WindowStart) -> bool {
@@ -245,7 +248,12 @@ impl Miner {
     ) -> Result<(Arc<WindowParts>, Arc<ReadyCheckpoint>), NotBegun> {
         let checkpoint = self.checkpoints.for_window(window).await?;
         let plan = self.plan(window, head, &checkpoint).await?;
-        let environment = self.environments.open(plan.environment, plan.split).await?;
+        // What was judged before a crash goes out whether or not anything can be judged now.
+        let environment = if self.has_spooled(window) {
+            self.environments.open_without_evaluators(plan.environment, plan.split).await?
+        } else {
+            self.environments.open(plan.environment, plan.split).await?
+        };
         self.fleet.ensure_started(&checkpoint).map_err(fatal)?;
         let generator = self
             .fleet

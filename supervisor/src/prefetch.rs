@@ -70,7 +70,13 @@ impl Prefetcher {
                     self.make_ready(&ready);
                     // Beside: whoever mines relies on the store being listed all the time.
                     let environments = self.environments.clone();
-                    tokio::spawn(async move { environments.prepare(&ready.policy).await });
+                    tokio::spawn(async move {
+                        // The window that needs it says it again.
+                        if let Err(error) = environments.open_of(&ready.policy).await {
+                            tracing::warn!(checkpoint = %ready.installed.window, error = with_causes(&error),
+                                "The environment of the next window cannot be served yet.");
+                        }
+                    });
                 }
                 Some(Err(error)) => {
                     let pause = failed.get(&next).map_or(pause, |failed| (failed.pause * 2).min(LONGEST_RETRY));

@@ -35,7 +35,7 @@ pub enum TrainerError {
     Metadata(#[source] grail_checkpoint::StoreError),
     #[error(
         "the local store holds checkpoints for {found}, not for {asked}; name another folder with --state-dir, or leave out \
-         --env"
+         --env and GRAIL_LOCAL_ENV"
     )]
     OtherEnvironment { asked: EnvironmentId, found: String },
 }

@@ -9,8 +9,24 @@ use grail_tests::world::World;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+const HOTKEY: &str = "5DtDLm5rQHShDqojQpsvcN8tRXHVFaecfDoRet1SU6BFD9Fi";
+
+/// Whether this host may run what models write; says so where it may not.
+fn can_judge() -> bool {
+    let folder = tempfile::tempdir().unwrap();
+    let probed = Run::start("grail-supervisor", &["setup-evaluator", "--probe"], folder.path(), &[]).wait();
+    assert!(matches!(probed.code, Some(0 | 1)), "{probed:#?}");
+    if probed.code == Some(1) {
+        println!("skipped: the sandbox of this host is too weak:\n{}", probed.stdout);
+    }
+    probed.code == Some(0)
+}
+
 /// A window of `environment` is mined, and a verifier comes to the same rewards.
 fn a_window_is_mined_and_accepted(environment: &str) {
+    if !can_judge() {
+        return;
+    }
     let world = World::with_short_windows();
     let mined = world.mine(&["--env", environment, "--windows", "1", "--max-groups", "6"]).wait();
     assert_eq!(mined.code, Some(0), "{mined:#?}");
@@ -64,6 +80,9 @@ fn helpers(of: u32) -> Vec<u32> {
 /// uploaded is right.
 #[test]
 fn evaluators_that_are_killed_stopped_or_broken_cost_no_window() {
+    if !can_judge() {
+        return;
+    }
     let world = World::with_short_windows().with("GRAIL_EVALUATORS", "2");
     let run = world.mine(&["--env", "mbpp", "--windows", "1", "--max-groups", "8"]);
     wait_until("interpreters", || interpreters(run.pid()).len() >= 2);
@@ -89,19 +108,54 @@ fn evaluators_that_are_killed_stopped_or_broken_cost_no_window() {
     assert_accepted(&world, "mbpp");
 }
 
+/// An interpreter is killed in the middle of a program: another one runs it, and the verdict is the right one.
 #[test]
-fn without_an_interpreter_windows_are_skipped_with_the_remedy() {
+fn a_program_whose_interpreter_is_killed_is_run_again() {
+    if !can_judge() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let slow = "x = 0\nwhile x < 3 * 10 ** 7:\n    x += 1\n";
+    let solution = solution_of("humaneval_0", folder.path());
+    let line = serde_json::json!({ "completion": answer(&format!("{solution}\n{slow}")) });
+    let file = folder.path().join("slow.jsonl");
+    std::fs::write(&file, line.to_string()).unwrap();
+    let words = ["env", "score", "humaneval", file.to_str().unwrap(), "--seed", "0", "--embedded", "-v"];
+    let run = Run::start("grail-supervisor", &words, folder.path(), &[("GRAIL_EVALUATORS", "2")]);
+    // A child of an interpreter is a program under way.
+    let under_way = || interpreters(run.pid()).into_iter().find(|pid| !processes::below(*pid).is_empty());
+    wait_until("a program under way", || under_way().is_some());
+    if let Some(pid) = under_way() {
+        processes::strike(pid, Signal::SIGKILL);
+    }
+    let scored = run.wait();
+    let verdict: Value = serde_json::from_str(&scored.stdout).unwrap_or_else(|error| panic!("{error}: {scored:#?}"));
+    assert!(scored.stderr.contains("A sandbox failed."), "{scored:#?}");
+    // Where the machine is so slow that the test runs into its time limit, that is a verdict, too.
+    assert!(verdict["evaluation"]["tests"][0].is_object(), "{verdict:#}");
+}
+
+fn answer(code: &str) -> String {
+    format!("why</end_working_out><SOLUTION>{code}</SOLUTION>")
+}
+
+/// The reference solution of a task, as it passes.
+fn solution_of(task: &str, folder: &std::path::Path) -> String {
+    let shown = env(&["show", "humaneval", "--task", task, "--embedded", "--json"], folder);
+    let shown: Value = serde_json::from_str(&shown.stdout).unwrap_or_else(|error| panic!("{error}: {shown:#?}"));
+    // Annotations are never evaluated, and the import they come from is not allowed.
+    shown["payload"]["reference_solution"].as_str().unwrap().replace("from typing import List", "")
+}
+
+#[test]
+fn without_an_interpreter_nothing_is_mined_and_the_remedy_is_said() {
     let world = World::with_short_windows();
     let absent = world.folder.path().join("absent");
     let world = world.with("GRAIL_EVALUATOR_DIR", absent.to_str().unwrap());
-    let run = world.mine(&["--env", "math"]);
-    wait_until("a skipped window", || world.count("window_skipped") > 0);
-    processes::strike(run.pid(), Signal::SIGTERM);
-    let ended = run.wait();
-    assert_eq!(ended.code, Some(0), "{ended:#?}");
-    let reason = world.of_kind("window_skipped")[0]["reason"].as_str().unwrap().to_owned();
-    assert!(reason.contains("setup-evaluator") && reason.contains("math"), "{reason}");
-    assert_eq!(world.count("group_spooled"), 0);
+    let refused = world.mine(&["--env", "math"]).wait();
+    assert_eq!(refused.code, Some(66), "{refused:#?}");
+    assert!(refused.stderr.contains("setup-evaluator") && refused.stderr.contains("environment math"), "{refused:#?}");
+    assert_eq!(processes::mentioning(&world.state), [], "nothing is left running");
 }
 
 #[test]
@@ -113,7 +167,7 @@ fn a_store_is_for_one_environment() {
     processes::strike(run.pid(), Signal::SIGTERM);
     assert_eq!(run.wait().code, Some(0));
     let refused = world.mine(&["--env", "gsm8k"]).wait();
-    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    assert_eq!(refused.code, Some(78), "{refused:#?}");
     assert!(refused.stderr.contains("holds checkpoints for mbpp, not for gsm8k"), "{}", refused.stderr);
 }
 
@@ -131,16 +185,24 @@ fn tasks_and_prompts_are_those_of_the_vectors() {
 
     // The seed of a group is the one that its hotkey, window and index make.
     let hash = format!("0x{}", "ab".repeat(32));
-    let group = ["show", "mbpp", "--embedded", "--json", "--group", "7", "--hotkey", "5F", "--window-hash", &hash];
+    let group = ["show", "mbpp", "--embedded", "--json", "--group", "7", "--hotkey", HOTKEY, "--window-hash", &hash];
     let by_group: Value = serde_json::from_str(&env(&group, folder.path()).stdout).unwrap();
     let seed = grail_protocol::seed::environment_seed(
-        &grail_protocol::ids::Hotkey("5F".into()),
+        &grail_protocol::ids::Hotkey(HOTKEY.into()),
         &grail_protocol::ids::BlockHash(hash.clone()),
         grail_protocol::ids::GroupIndex(7),
     );
     let by_seed = ["show", "mbpp", "--embedded", "--json", "--seed", &seed.0.to_string()];
     let by_seed: Value = serde_json::from_str(&env(&by_seed, folder.path()).stdout).unwrap();
     assert_eq!(by_group, by_seed);
+
+    for (id, remedy) in [("bogus", "train_"), ("validation_17", "--split")] {
+        let refused = env(&["show", "mbpp", "--task", id, "--embedded"], folder.path());
+        assert_eq!(refused.code, Some(2), "{refused:#?}");
+        assert!(refused.stderr.contains(id) && refused.stderr.contains(remedy), "{refused:#?}");
+    }
+    let by_number = env(&["show", "math", "--task", "17", "--embedded"], folder.path());
+    assert!(by_number.stdout.contains("train_17") && by_number.stdout.contains("made up"), "{by_number:#?}");
 
     let model = grail_golden::path("models/qwen3-tied");
     let words = ["prompt", "gsm8k", "--seed", "1", "--embedded", "--thinking-mode", "native", "--json", "--checkpoint"];
@@ -152,14 +214,11 @@ fn tasks_and_prompts_are_those_of_the_vectors() {
 
 #[test]
 fn completions_from_a_file_are_judged_line_by_line() {
+    if !can_judge() {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
-    let task: Value =
-        serde_json::from_str(&env(&["show", "humaneval", "--seed", "0", "--embedded", "--json"], folder.path()).stdout)
-            .unwrap();
-    let reference = task["payload"]["reference_solution"].as_str().unwrap();
-    // Annotations are never evaluated, and the import they come from is not allowed.
-    let solution = reference.replace("from typing import List", "");
-    let answer = |code: &str| format!("why</end_working_out><SOLUTION>{code}</SOLUTION>");
+    let solution = solution_of("humaneval_0", folder.path());
     let lines = [
         serde_json::json!({ "completion": answer(&solution), "note": "kept by its owner" }),
         serde_json::json!({ "completion": answer("def f(:"), "task": "humaneval_0" }),
@@ -178,6 +237,18 @@ fn completions_from_a_file_are_judged_line_by_line() {
     assert_eq!(scored[1]["evaluation"]["tests"][0]["error_class"], "SyntaxError");
     assert_eq!(scored[2]["line"], 5);
     assert_eq!(scored[2]["task"], "humaneval_5");
+    assert!(scored.iter().all(|line| line["schema"] == 1 && line["environment"] == "humaneval"));
+
+    let escaping = serde_json::json!({ "completion": answer("raise BaseException()") });
+    std::fs::write(file, escaping.to_string()).unwrap();
+    let undecidable = env(&["score", "humaneval", file, "--task", "0", "--embedded"], folder.path());
+    assert_eq!(undecidable.code, Some(1), "{undecidable:#?}");
+    let line: Value = serde_json::from_str(&undecidable.stdout).unwrap();
+    assert_eq!(line["unevaluable"]["kind"], "undecidable");
+
+    std::fs::write(file, [0xff, 0xfe]).unwrap();
+    let binary = env(&["score", "humaneval", file, "--task", "0", "--embedded"], folder.path());
+    assert_eq!(binary.code, Some(65), "{binary:#?}");
 
     std::fs::write(file, "{\"completion\": \"x\"}\n{\"completion\": 3}\n").unwrap();
     let refused = env(&["score", "humaneval", file, "--seed", "0", "--embedded"], folder.path());
@@ -220,8 +291,11 @@ fn the_evaluator_is_set_up_once_and_probed() {
     assert!(report["python_version"].as_str().unwrap().starts_with("3.12."));
     assert_eq!(report["layers"].as_array().unwrap().len(), 6);
     // It is there, so nothing is installed again.
+    let site = std::path::Path::new(report["site"].as_str().unwrap()).join("sympy/__init__.py");
+    let changed = || std::fs::metadata(&site).unwrap().modified().unwrap();
+    let before = changed();
     let again = setup(&[], &[]);
-    assert_eq!(again.code, probed.code, "{again:#?}");
+    assert_eq!((again.code, changed()), (probed.code, before), "{again:#?}");
 
     let absent = folder.path().join("absent");
     let missing = setup(&["--probe"], &[("GRAIL_EVALUATOR_DIR", absent.to_str().unwrap())]);

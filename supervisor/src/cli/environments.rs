@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Subcommand, ValueHint};
 use grail_environments::{EnvironmentId, ThinkingMode};
 use grail_protocol::ids::{BlockHash, GroupIndex, Hotkey};
+use grail_protocol::keys::decode_address;
 
 use super::StateArgs;
 use crate::config::FlagValue;
@@ -46,7 +47,7 @@ pub enum EnvCommand {
                             special tokens kept, and maybe `task`, the id of a task, or `seed`; without them the task of the \
                             options is meant. For each line one is printed: what was read, the parts of the reward, the reward, \
                             the success, and how every test ended, or why there is no verdict. Exit status 1 if a completion has \
-                            no verdict, 65 if a line cannot be read."
+                            no verdict, 75 if the sandbox failed for one, 65 if a line cannot be read."
     )]
     Score(EnvScoreArgs),
 }
@@ -210,14 +211,17 @@ fn group_index(text: &str) -> Result<GroupIndex, String> {
 }
 
 fn hotkey(text: &str) -> Result<Hotkey, String> {
+    let wrong = |_| "an SS58 address is expected, and this is none or has a typing error".to_owned();
+    decode_address(text).map_err(wrong)?;
     Ok(Hotkey(text.to_owned()))
 }
 
 fn block_hash(text: &str) -> Result<BlockHash, String> {
     let digits = text.strip_prefix("0x").unwrap_or_default();
-    if digits.len() == 64 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+    // Seeds hash the text, so that upper case would be another block.
+    if digits.len() == 64 && digits.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
         Ok(BlockHash(text.to_owned()))
     } else {
-        Err("the hash of a block is expected: 0x and 64 hexadecimal digits".to_owned())
+        Err("the hash of a block is expected: 0x and 64 hexadecimal digits in lower case".to_owned())
     }
 }

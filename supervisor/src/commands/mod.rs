@@ -20,6 +20,7 @@ use crate::miner::MineError;
 use crate::seal::SealError;
 use crate::spool::SpoolError;
 use crate::state::StateError;
+use crate::trainer::TrainerError;
 use crate::verify::VerifyError;
 use crate::verify::context::ContextError;
 
@@ -38,7 +39,7 @@ pub enum CommandError {
     #[error(transparent)]
     Demo(#[from] crate::demo::DemoError),
     #[error(transparent)]
-    Trainer(#[from] crate::trainer::TrainerError),
+    Trainer(#[from] TrainerError),
     #[error(transparent)]
     Fleet(#[from] FleetError),
     #[error(transparent)]
@@ -116,7 +117,8 @@ impl CommandError {
             Self::NobodyThere { .. } => ExitCode::Unavailable,
             Self::NotTheirs { .. } => ExitCode::NotPermitted,
             Self::Refused { .. } => ExitCode::No,
-            Self::Trainer(crate::trainer::TrainerError::OtherEnvironment { .. }) => ExitCode::Usage,
+            Self::Trainer(TrainerError::OtherEnvironment { .. }) => ExitCode::Configuration,
+            Self::Trainer(TrainerError::Metadata(_)) => ExitCode::Unavailable,
             Self::Trainer(_) | Self::Cache(_) | Self::Output(_) => ExitCode::CannotWrite,
             Self::Fleet(error) => of_fleet(error),
             Self::Child(_) => ExitCode::MissingInput,
@@ -165,6 +167,7 @@ fn of_mine(error: &MineError) -> ExitCode {
         MineError::State(_) => ExitCode::CannotWrite,
         MineError::Fleet(error) => of_fleet(error),
         MineError::FirstCheckpoint(error) => of_checkpoint(error),
+        MineError::FirstEnvironment(error) => of_source(error),
         MineError::Engine(error) => match error {
             EngineError::NoWorkers | EngineError::NoServer => ExitCode::Temporary,
             EngineError::Fleet(error) => of_fleet(error),
@@ -193,7 +196,7 @@ fn is_storage_full(error: &(dyn std::error::Error + 'static)) -> bool {
 fn of_verify(error: &VerifyError) -> ExitCode {
     match error {
         VerifyError::Context(error) => of_context(error),
-        VerifyError::Worker { .. } => ExitCode::Temporary,
+        VerifyError::Worker { .. } | VerifyError::Evaluator { .. } => ExitCode::Temporary,
         VerifyError::Source(error) => of_source(error),
         VerifyError::Missing(_) | VerifyError::Task(_) => ExitCode::Bug,
         _ => ExitCode::BadData,
@@ -224,7 +227,7 @@ pub(crate) const fn of_pool(error: &PoolError) -> ExitCode {
 
 fn of_context(error: &ContextError) -> ExitCode {
     match error {
-        ContextError::Read { .. } => ExitCode::MissingInput,
+        ContextError::Read { .. } | ContextError::Rows { .. } => ExitCode::MissingInput,
         ContextError::Malformed { .. } | ContextError::Contradiction { .. } => ExitCode::BadData,
     }
 }

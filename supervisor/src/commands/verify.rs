@@ -24,7 +24,7 @@ use crate::gpus::cpu_pins;
 use crate::state;
 use crate::store::{WindowStore, window_key};
 use crate::verify::context::{self, Context, ContextError};
-use crate::verify::{Verification, Verified, VerifyError, table};
+use crate::verify::{RowSources, Verification, Verified, VerifyError, table};
 
 /// Number of the JSON shape of `verify --local`.
 const LOCAL_SCHEMA: u32 = 1;
@@ -111,7 +111,8 @@ pub async fn file(options: &FileOptions) -> Result<Verified, CommandError> {
         None => fresh_challenge()?,
     };
     let evaluators = Arc::new(Evaluators::new(options.judge.evaluators.clone()));
-    let verification = Verification::open(context, &path, options.judge.datasets.clone(), evaluators.clone()).await?;
+    let mut sources = RowSources::new(options.judge.datasets.clone(), evaluators.clone());
+    let verification = Verification::open(context, &path, &mut sources).await?;
     let verified = judge(&verification, content, challenge, &options.judge).await;
     evaluators.shut_down().await;
     verified
@@ -176,6 +177,7 @@ pub async fn local(
     let checkpoints = CheckpointStore::new(objects.clone());
     let store = WindowStore::new(objects);
     let evaluators = Arc::new(Evaluators::new(settings.evaluators.clone()));
+    let mut sources = RowSources::new(settings.datasets.clone(), evaluators.clone());
     let mut windows = Vec::new();
     for path in contexts(&state::windows_of(state_dir))? {
         let context = Context::read(&path)?;
@@ -195,7 +197,7 @@ pub async fn local(
         // The hash of a simulated block is known at any time; a validator would wait for it.
         let hash = LocalChain::hash_of(chain.seed(), window.end());
         let challenge = challenge.clone().unwrap_or_else(|| beacon.challenge_randomness(&hash, window.end()));
-        let verification = Verification::open(context, &path, settings.datasets.clone(), evaluators.clone()).await?;
+        let verification = Verification::open(context, &path, &mut sources).await?;
         let verified = judge(&verification, content, challenge, settings).await?;
         let file = window_file_of(&path);
         windows.push(WindowVerdict { window, file, verified });

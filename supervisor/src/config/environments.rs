@@ -9,6 +9,7 @@ use grail_environments::datasets::{
     DatasetSettings, HubSettings, Overrides, SourceSettings, override_variable, path_variable, revision_variable,
 };
 use grail_environments::pool::UNSAFE_VARIABLE;
+use grail_environments::sandbox::setup::Installation;
 
 use super::origin::Sourced;
 use super::resolve::{Resolver, boolean, integer, plainly, text};
@@ -20,7 +21,7 @@ pub struct EnvironmentsConfig {
     pub sources: BTreeMap<EnvironmentId, SourceSettings>,
     /// Folder with the interpreter; `None`: in this user's cache.
     pub evaluator_folder: Sourced<Option<PathBuf>>,
-    /// Interpreters; `None`: by the cores.
+    /// Interpreters of each kind, two at least: a second run of a program needs another one. `None`: by the cores.
     pub evaluators: Sourced<Option<usize>>,
     /// Programs of a model run although the sandbox lacks a part that is required.
     pub is_unsafe_accepted: Sourced<bool>,
@@ -42,8 +43,8 @@ impl EnvironmentsConfig {
         }
         Self {
             sources,
-            evaluator_folder: resolver.folder("GRAIL_EVALUATOR_DIR"),
-            evaluators: resolver.optional("GRAIL_EVALUATORS", integer(1, 256), plainly),
+            evaluator_folder: evaluator_folder(resolver),
+            evaluators: resolver.optional("GRAIL_EVALUATORS", integer(2, 256), plainly),
             is_unsafe_accepted: resolver.value(UNSAFE_VARIABLE, boolean, plainly),
         }
     }
@@ -53,6 +54,15 @@ impl EnvironmentsConfig {
     pub fn datasets(&self, lookup: impl Fn(&str) -> Option<OsString>) -> DatasetSettings {
         DatasetSettings { hub: HubSettings::from_variables(lookup), sources: self.sources.clone() }
     }
+}
+
+fn evaluator_folder(resolver: &mut Resolver) -> Sourced<Option<PathBuf>> {
+    let named = resolver.folder("GRAIL_EVALUATOR_DIR");
+    let cache = resolver.folder("GRAIL_BUILD_CACHE_DIR");
+    if named.value.is_some() {
+        return named;
+    }
+    cache.map(|cache| cache.map(|cache| Installation::in_cache(&cache).folder().to_owned()))
 }
 
 fn overrides(text: &str) -> Result<(String, Overrides), String> {

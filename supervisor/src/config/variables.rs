@@ -342,10 +342,19 @@ pub const SECTIONS: &[Section] = &[
             ),
             optional(
                 "GRAIL_EVALUATOR_DIR",
-                "in the user's cache",
+                "evaluator-VERSION in GRAIL_BUILD_CACHE_DIR",
                 "Folder of the Python side that `setup-evaluator` makes, for mbpp, humaneval and math.",
             ),
-            optional("GRAIL_EVALUATORS", "one per core", "Sandboxed interpreters that judge answers."),
+            optional(
+                "GRAIL_BUILD_CACHE_DIR",
+                "$XDG_CACHE_HOME/grail-supervisor or ~/.cache/grail-supervisor",
+                "Folder of what is fetched once: the evaluator, and in a checkout libtorch and tokenizers.",
+            ),
+            optional(
+                "GRAIL_EVALUATORS",
+                "by the cores: 2 to 16 for programs, 2 to 8 for formulas",
+                "Sandboxed interpreters of each kind that judge answers, 2 at least.",
+            ),
             with_default(
                 "GRAIL_UNSAFE_SANDBOX",
                 "false",

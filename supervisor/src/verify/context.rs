@@ -15,6 +15,11 @@ use crate::checkpoints::CheckpointFiles;
 pub enum ContextError {
     #[error("read the context {}", path.display())]
     Read { path: PathBuf, source: std::io::Error },
+    #[error(
+        "{} names the rows {}, which are not there; correct dataset_rows, or leave it out to have them looked for",
+        path.display(), rows.display()
+    )]
+    Rows { path: PathBuf, rows: PathBuf },
     #[error("{} is no verification context: {detail}", path.display())]
     Malformed { path: PathBuf, detail: String },
     #[error(
@@ -80,6 +85,9 @@ impl Context {
         let folder = path.parent().unwrap_or(Path::new(""));
         context.model_dir = folder.join(&context.model_dir);
         context.dataset_rows = context.dataset_rows.map(|rows| folder.join(rows));
+        if let Some(rows) = context.dataset_rows.as_ref().filter(|rows| !rows.exists()) {
+            return Err(ContextError::Rows { path: path.to_owned(), rows: rows.clone() });
+        }
         Ok(context)
     }
 

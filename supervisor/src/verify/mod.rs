@@ -5,14 +5,14 @@ pub mod context;
 pub mod shares;
 pub mod table;
 
-use std::path::Path;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::StreamExt;
-use futures::stream;
+use futures::{StreamExt, TryStreamExt, stream};
 use grail_environments::datasets::DatasetSettings;
-use grail_environments::{Environment, EnvironmentId, Split, ThinkingMode, prompt_ids};
+use grail_environments::{Environment, EnvironmentId, EvaluatorError, Split, ThinkingMode, Unevaluable, prompt_ids};
 use grail_ipc::jobs::{RowJob, VerifyJob};
 use grail_ipc::messages::Severity;
 use grail_ipc::{RequestError, WorkerClient};
@@ -56,6 +56,8 @@ pub enum VerifyError {
     Source(#[from] SourceError),
     #[error("recompute rows {first}..={last} on the proof worker")]
     Worker { first: usize, last: usize, source: RequestError },
+    #[error("judge row {row}: nothing is said about the file")]
+    Evaluator { row: usize, source: EvaluatorError },
     #[error("judge the file")]
     Missing(#[from] MissingFacts),
     #[error("checking task failed")]
@@ -69,7 +71,35 @@ pub struct Verification {
     dtype: &'static str,
     files: CheckpointFiles,
     environment: Arc<dyn Environment>,
+    source: Arc<EnvironmentSource>,
     thinking: ThinkingMode,
+}
+
+/// Rows of data sets for the files that are judged, each read once.
+#[derive(Debug)]
+pub struct RowSources {
+    datasets: DatasetSettings,
+    evaluators: Arc<Evaluators>,
+    open: HashMap<(EnvironmentId, Option<PathBuf>), Arc<EnvironmentSource>>,
+}
+
+impl RowSources {
+    /// Rows that no context names are looked for where `datasets` say; `evaluators` judge answers.
+    #[must_use]
+    pub fn new(datasets: DatasetSettings, evaluators: Arc<Evaluators>) -> Self {
+        Self { datasets, evaluators, open: HashMap::new() }
+    }
+
+    fn of(&mut self, environment: EnvironmentId, rows: Option<&Path>) -> Arc<EnvironmentSource> {
+        let source = self.open.entry((environment, rows.map(Path::to_owned))).or_insert_with(|| {
+            let datasets = match rows {
+                Some(rows) => with_rows_at(self.datasets.clone(), environment, rows),
+                None => self.datasets.clone(),
+            };
+            Arc::new(EnvironmentSource::new(datasets, self.evaluators.clone()))
+        });
+        source.clone()
+    }
 }
 
 /// A verdict with what belongs to it.
@@ -81,29 +111,21 @@ pub struct Verified {
 }
 
 impl Verification {
-    /// Resolves everything that `context` names. Rows are looked for where `datasets` say, unless the context names them;
-    /// `evaluators` judge answers.
+    /// Resolves everything that `context` names.
     ///
     /// # Errors
-    /// [`VerifyError`] if a named file cannot be used or contradicts the context, or if answers cannot be judged on this host.
-    pub async fn open(
-        context: Context,
-        context_path: &Path,
-        mut datasets: DatasetSettings,
-        evaluators: Arc<Evaluators>,
-    ) -> Result<Self, VerifyError> {
+    /// [`VerifyError`] if a named file cannot be used or contradicts the context.
+    pub async fn open(context: Context, context_path: &Path, sources: &mut RowSources) -> Result<Self, VerifyError> {
         let dtype = context::dtype_of(&context, context_path)?;
         let model_dir = context.model_dir.clone();
         let files = tokio::task::spawn_blocking(move || CheckpointFiles::read(&model_dir)).await??;
         let environment: EnvironmentId = context.env_id.parse()?;
         let split = Split::resolve(environment, context.split())?;
         let thinking: ThinkingMode = context.thinking_mode.parse()?;
-        if let Some(rows) = &context.dataset_rows {
-            datasets = with_rows_at(datasets, environment, rows);
-        }
-        let environment = EnvironmentSource::new(datasets, evaluators).open(environment, split).await?;
+        let source = sources.of(environment, context.dataset_rows.as_deref());
+        let environment = source.open_without_evaluators(environment, split).await?;
         context::check_contradictions(&context, context_path, &files)?;
-        Ok(Self { context, dtype, files, environment, thinking })
+        Ok(Self { context, dtype, files, environment, source, thinking })
     }
 
     /// Folder of the checkpoint that the worker must hold.
@@ -165,11 +187,11 @@ impl Verification {
 
     async fn facts(&self, needs: &Needs, worker: &Arc<WorkerClient>) -> Result<Facts, VerifyError> {
         let prompts = needs.groups.iter().map(|needed| (needed.group, self.prompt(needed))).collect();
-        let forwards = self.forwards(&needs.rows, worker).await?;
-        let evaluations: Vec<_> = stream::iter(needs.rows.iter().map(|needed| self.evaluate(needed)))
+        self.source.start_evaluators(self.environment.id()).await?;
+        let evaluations = stream::iter(needs.rows.iter().map(|needed| self.evaluate(needed)))
             .buffered(EVALUATIONS_IN_FLIGHT)
-            .collect()
-            .await;
+            .try_collect::<Vec<_>>();
+        let (forwards, evaluations) = futures::try_join!(self.forwards(&needs.rows, worker), evaluations)?;
         let facts = forwards.into_iter().zip(evaluations);
         let facts = facts.map(|(forward, evaluation)| RowFacts { forward, evaluation });
         let rows = needs.rows.iter().map(|needed| needed.row).zip(facts).collect();
@@ -182,13 +204,25 @@ impl Verification {
             .map_err(|error| with_causes(&error))
     }
 
-    async fn evaluate(&self, needed: &NeededRow) -> Result<RowEvaluation, String> {
-        let task = self.environment.task(needed.seed).map_err(|error| with_causes(&error))?;
-        let completion = needed.tokens.get(needed.prompt_length..).unwrap_or_default();
-        let text = self.files.tokenizer.decode(completion).map_err(|error| with_causes(&error))?;
-        let evaluation =
-            self.environment.evaluate(&task, &text, self.thinking).await.map_err(|error| with_causes(&error))?;
-        Ok(RowEvaluation { reward: evaluation.reward, success: evaluation.success })
+    /// Reward and success of a row, or why it has none. A sandbox that fails says nothing about the row.
+    async fn evaluate(&self, needed: &NeededRow) -> Result<Result<RowEvaluation, String>, VerifyError> {
+        let decoded = || {
+            let task = self.environment.task(needed.seed).map_err(|error| with_causes(&error))?;
+            let completion = needed.tokens.get(needed.prompt_length..).unwrap_or_default();
+            let text = self.files.tokenizer.decode(completion).map_err(|error| with_causes(&error))?;
+            Ok((task, text))
+        };
+        let (task, text) = match decoded() {
+            Ok(decoded) => decoded,
+            Err(note) => return Ok(Err(note)),
+        };
+        match self.environment.evaluate(&task, &text, self.thinking).await {
+            Ok(evaluation) => Ok(Ok(RowEvaluation { reward: evaluation.reward, success: evaluation.success })),
+            Err(Unevaluable::Evaluator { source: source @ EvaluatorError::Sandbox { .. }, .. }) => {
+                Err(VerifyError::Evaluator { row: needed.row, source })
+            }
+            Err(error) => Ok(Err(with_causes(&error))),
+        }
     }
 
     /// Forward passes of all rows in their order.

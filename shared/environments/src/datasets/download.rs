@@ -32,6 +32,8 @@ pub(super) enum DownloadError {
     Homeless,
     #[error("{0:?} is no address; correct HF_ENDPOINT")]
     Endpoint(String),
+    #[error("the user or password in HF_ENDPOINT is not encoded as a part of an address; correct HF_ENDPOINT")]
+    Credentials,
     #[error("no client: {}", chain(.0))]
     Client(#[source] reqwest::Error),
     #[error("{url}: {}", chain(source))]
@@ -102,7 +104,8 @@ pub(super) async fn download(
     let repository = published::repositories(environment).first().copied().unwrap_or_default();
     let folder = hub_cache::folder(cache, repository);
     let known = hub_cache::commit_of(&folder, revision);
-    let repository = Repository { client: client()?, endpoint: endpoint(hub)?, name: repository, folder };
+    let (endpoint, credentials) = endpoint(hub)?;
+    let repository = Repository { client: client()?, endpoint, credentials, name: repository, folder };
     let info = repository.info(known.as_deref().unwrap_or(revision)).await?;
     tracing::info!(%environment, repository = repository.name, revision, commit = %info.sha, "Downloading a data set.");
     let files = repository.bring(&info, parts).await?;
@@ -120,10 +123,29 @@ fn client() -> Result<Client, DownloadError> {
     builder.build().map_err(DownloadError::Client)
 }
 
-fn endpoint(hub: &HubSettings) -> Result<Url, DownloadError> {
-    let wrong = || DownloadError::Endpoint(hub.endpoint.clone());
-    let url = Url::parse(&hub.endpoint).map_err(|_| wrong())?;
-    if url.cannot_be_a_base() { Err(wrong()) } else { Ok(url) }
+/// Who asks the hub. Not shown: addresses are in messages, and these are not in addresses.
+struct Credentials {
+    user: String,
+    password: Option<String>,
+}
+
+/// The hub's address, and who asks if the address says so.
+fn endpoint(hub: &HubSettings) -> Result<(Url, Option<Credentials>), DownloadError> {
+    let wrong = || DownloadError::Endpoint(hub.shown_endpoint());
+    let mut url = Url::parse(&hub.endpoint).map_err(|_| wrong())?;
+    if url.cannot_be_a_base() {
+        return Err(wrong());
+    }
+    if url.username().is_empty() && url.password().is_none() {
+        return Ok((url, None));
+    }
+    let plain = |text: &str| {
+        let decoded = percent_encoding::percent_decode_str(text).decode_utf8();
+        decoded.map(|text| text.into_owned()).map_err(|_| DownloadError::Credentials)
+    };
+    let credentials = Credentials { user: plain(url.username())?, password: url.password().map(plain).transpose()? };
+    url.set_username("").and_then(|()| url.set_password(None)).map_err(|()| wrong())?;
+    Ok((url, Some(credentials)))
 }
 
 /// Calls `make` with `path` after making its folder.
@@ -135,6 +157,7 @@ fn write<T>(path: &Path, make: impl FnOnce(&Path) -> std::io::Result<T>) -> Resu
 struct Repository {
     client: Client,
     endpoint: Url,
+    credentials: Option<Credentials>,
     name: &'static str,
     /// Its folder in the cache.
     folder: PathBuf,
@@ -275,7 +298,11 @@ impl Repository {
     async fn get_once(&self, url: &Url, limit: u64) -> Result<Vec<u8>, DownloadError> {
         let failed =
             |source: reqwest::Error| DownloadError::Request { url: url.to_string(), source: source.without_url() };
-        let mut response: Response = self.client.get(url.clone()).send().await.map_err(failed)?;
+        let mut request = self.client.get(url.clone());
+        if let Some(Credentials { user, password }) = &self.credentials {
+            request = request.basic_auth(user, password.as_ref());
+        }
+        let mut response: Response = request.send().await.map_err(failed)?;
         let status = response.status();
         if !status.is_success() {
             return Err(DownloadError::Status { url: url.to_string(), status });

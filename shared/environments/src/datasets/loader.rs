@@ -1,9 +1,9 @@
 //! Opens environments over the rows that are found.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::Mutex;
+use tokio::sync::OnceCell;
 
 use super::download;
 use super::error::{DatasetError, Looked};
@@ -46,8 +46,11 @@ pub fn embedded(
 pub struct Datasets {
     settings: DatasetSettings,
     evaluator: Arc<dyn Evaluator>,
-    open: Mutex<HashMap<(EnvironmentId, Split), Arc<dyn Environment>>>,
+    open: Mutex<HashMap<(EnvironmentId, Split), Opened>>,
 }
+
+/// Filled once: whoever comes meanwhile waits, so that two callers do not download the same files.
+type Opened = Arc<OnceCell<Arc<dyn Environment>>>;
 
 impl Datasets {
     /// Looks where `settings` say; `evaluator` is given to the environments that need one.
@@ -61,20 +64,22 @@ impl Datasets {
     /// # Errors
     /// [`DatasetError`] if there are no rows, or not the right ones.
     pub async fn open(&self, environment: EnvironmentId, split: Split) -> Result<Arc<dyn Environment>, DatasetError> {
-        // Held while rows are read, so that two callers do not download the same files.
-        let mut open = self.open.lock().await;
-        if let Some(environment) = open.get(&(environment, split)) {
-            return Ok(Arc::clone(environment));
-        }
+        let opened = {
+            // A map of finished insertions is whole, whoever panicked while holding the lock.
+            let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(open.entry((environment, split)).or_default())
+        };
+        opened.get_or_try_init(|| self.read(environment, split)).await.cloned()
+    }
+
+    async fn read(&self, environment: EnvironmentId, split: Split) -> Result<Arc<dyn Environment>, DatasetError> {
         let evaluator = Arc::clone(&self.evaluator);
-        let opened: Arc<dyn Environment> = match environment {
+        Ok(match environment {
             EnvironmentId::Gsm8k => Arc::new(Gsm8k::from_parts(split, self.rows(split).await?)?),
             EnvironmentId::Math => Arc::new(Math::from_parts(split, self.rows(split).await?, evaluator)?),
             EnvironmentId::Mbpp => Arc::new(Mbpp::from_parts(split, self.rows(split).await?, evaluator)?),
             EnvironmentId::HumanEval => Arc::new(HumanEval::from_parts(self.rows(split).await?, evaluator)?),
-        };
-        open.insert((environment, split), Arc::clone(&opened));
-        Ok(opened)
+        })
     }
 
     /// Rows that `split` is made of, by part.
@@ -124,7 +129,7 @@ impl Search {
         match download::download(&self.hub, self.environment, self.revision(), &self.parts).await {
             Ok(found) => return Ok(found),
             Err(reason) => {
-                looked.push(Looked { place: format!("hub {}", self.hub.endpoint), reason: reason.to_string() })
+                looked.push(Looked { place: format!("hub {}", self.hub.shown_endpoint()), reason: reason.to_string() })
             }
         }
         let search = self.clone();

@@ -88,6 +88,17 @@ impl HubSettings {
     }
 }
 
+impl HubSettings {
+    /// The endpoint without user and password, for messages.
+    #[must_use]
+    pub fn shown_endpoint(&self) -> String {
+        let Some((scheme, rest)) = self.endpoint.split_once("://") else { return self.endpoint.clone() };
+        let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+        let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+        format!("{scheme}://{host}{path}")
+    }
+}
+
 /// Where to look for every data set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DatasetSettings {
@@ -142,6 +153,18 @@ mod tests {
         }
         assert_eq!(settings(&[]).endpoint, DEFAULT_ENDPOINT);
         assert_eq!(settings(&[("HF_ENDPOINT", "http://mirror/hub/")]).endpoint, "http://mirror/hub");
+    }
+
+    #[test]
+    fn messages_name_no_user_and_no_password() {
+        for (endpoint, shown) in [
+            ("http://me:secret@mirror:1/hub", "http://mirror:1/hub"),
+            ("http://me@secret@mirror", "http://mirror"),
+            ("http://mirror/a@b", "http://mirror/a@b"),
+            ("mirror", "mirror"),
+        ] {
+            assert_eq!(settings(&[("HF_ENDPOINT", endpoint)]).shown_endpoint(), shown);
+        }
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! The interpreters of one purpose with the queue before them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::board::{Board, Job, Outcome, Seat, Work};
@@ -35,8 +35,9 @@ pub(super) struct Fleet {
     /// One for every job that may wait or run.
     room: Semaphore,
     states: watch::Receiver<Vec<InterpreterState>>,
-    tasks: Vec<JoinHandle<()>>,
-    ends_with: DropGuard,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+    /// Ends the tasks.
+    end: CancellationToken,
 }
 
 /// What came of the tries to evaluate one thing.
@@ -71,7 +72,7 @@ impl Fleet {
         }
         let dispatcher = Dispatcher { board: Board::new(count), slots, publish };
         tasks.push(tokio::spawn(dispatcher.run(submissions, notes, end.clone())));
-        Self { purpose, submit, room: Semaphore::new(queue), states, tasks, ends_with: end.drop_guard() }
+        Self { purpose, submit, room: Semaphore::new(queue), states, tasks: Mutex::new(tasks), end }
     }
 
     /// Where the interpreters are.
@@ -114,15 +115,21 @@ impl Fleet {
     }
 
     /// Ends all interpreters and waits until nothing is left of them.
-    pub(super) async fn shut_down(self) {
-        let Self { tasks, ends_with, room, .. } = self;
-        room.close();
-        drop(ends_with);
+    pub(super) async fn shut_down(&self) {
+        self.room.close();
+        self.end.cancel();
+        let tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         for task in tasks {
             if let Err(error) = task.await {
                 warn!(%error, "A task of the evaluators failed.");
             }
         }
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        self.end.cancel();
     }
 }
 

@@ -31,8 +31,7 @@ use board::Work;
 use fleet::{Answer, Fleet};
 use role::{Ground, Purpose};
 
-/// Set to anything but nothing: programs run even where the sandbox is weaker than it must be. Read by whoever configures
-/// the pool.
+/// A boolean: programs run even where the sandbox is weaker than it must be. Read by whoever configures the pool.
 pub const UNSAFE_VARIABLE: &str = "GRAIL_UNSAFE_SANDBOX";
 
 /// Programs of one group at most; more interpreters would wait.
@@ -94,8 +93,8 @@ pub enum PoolError {
     Setup(#[from] SetupError),
     /// The sandbox is weaker than it must be.
     #[error(
-        "refuse to run programs of a model on this host: the sandbox lacks {}; {reasons}. GRAIL_UNSAFE_SANDBOX=1 or \
-         --unsafe-sandbox runs them all the same, with less between them and this host", missing.join(", ")
+        "refuse to run programs of a model on this host: the sandbox lacks {}; {reasons}. GRAIL_UNSAFE_SANDBOX=1 runs \
+         them all the same, with less between them and this host", missing.join(", ")
     )]
     Unsafe {
         /// What lacks.
@@ -103,6 +102,9 @@ pub enum PoolError {
         /// Why it does not work.
         reasons: String,
     },
+    /// Whoever owns the pool does not want it any more.
+    #[error("the evaluators were shut down")]
+    ShutDown,
 }
 
 type Verdict = Result<ProgramVerdict, EvaluatorError>;
@@ -181,11 +183,10 @@ impl Pool {
         self.formulas.states()
     }
 
-    /// Ends all interpreters and waits until nothing is left of them.
-    pub async fn shut_down(self) {
-        let Self { programs, formulas, .. } = self;
-        programs.shut_down().await;
-        formulas.shut_down().await;
+    /// Ends all interpreters and waits until nothing is left of them. Whoever still waits for a verdict gets none.
+    pub async fn shut_down(&self) {
+        self.programs.shut_down().await;
+        self.formulas.shut_down().await;
     }
 
     async fn run_once(&self, program: &Program) -> Verdict {

@@ -87,7 +87,13 @@ impl Installation {
             .or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("grail-supervisor")))
             .or_else(|| set("HOME").map(|home| home.join(".cache/grail-supervisor")))
             .ok_or(SetupError::NoFolder)?;
-        Ok(Self::in_folder(cache.join(format!("evaluator-{SYMPY_VERSION}"))))
+        Ok(Self::in_cache(&cache))
+    }
+
+    /// The installation in the cache folder `cache`, under the name that the setup script gives it.
+    #[must_use]
+    pub fn in_cache(cache: &Path) -> Self {
+        Self::in_folder(cache.join(format!("evaluator-{SYMPY_VERSION}")))
     }
 
     /// The installation in `folder`, whether it is there or not.

@@ -206,9 +206,15 @@ async fn an_unreachable_hub_is_one_place_of_several() {
     let error = datasets(hub.settings(home.path())).open(EnvironmentId::Mbpp, Split::Val).await.unwrap_err();
     assert!(error.to_string().contains("no full/validation-*.parquet"), "{error}");
     let mut settings = hub.settings(home.path());
-    for (endpoint, said) in [("http://127.0.0.1:1", "127.0.0.1"), ("not an address", "correct HF_ENDPOINT")] {
+    for (endpoint, said) in [
+        ("http://127.0.0.1:1", "127.0.0.1"),
+        ("not an address", "correct HF_ENDPOINT"),
+        ("http://me:secret@127.0.0.1:1", "127.0.0.1"),
+        ("http://me:secret@no host", "correct HF_ENDPOINT"),
+    ] {
         settings.hub.endpoint = endpoint.to_owned();
         let error = datasets(settings.clone()).open(EnvironmentId::Mbpp, Split::Val).await.unwrap_err();
         assert!(error.to_string().contains(said), "{error}");
+        assert!(!format!("{error:?} {error}").contains("secret"), "{error:?}");
     }
 }

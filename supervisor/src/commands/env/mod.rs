@@ -17,7 +17,7 @@ use serde::Serialize;
 
 pub use list::list;
 pub use prompt::{PromptOptions, prompt};
-pub use score::{ScoreOptions, Scores, score};
+pub use score::{Completeness, ScoreOptions, Scores, score};
 pub use setup::{SetupMode, setup_evaluator};
 pub use show::show;
 
@@ -39,6 +39,10 @@ pub enum EnvCommandError {
     Split(#[from] ParseSplitError),
     #[error(transparent)]
     Task(#[from] TaskError),
+    #[error(
+        "{id:?} is no task of {environment} {split}, which has {tasks}; write an id like {meant:?}, or another --split"
+    )]
+    NoSuchTask { id: String, environment: EnvironmentId, split: Split, tasks: usize, meant: String },
     #[error("use the checkpoint {}", folder.display())]
     Checkpoint { folder: PathBuf, source: FilesError },
     #[error("{}: no such checkpoint; give a folder, or the window of a checkpoint that `checkpoint list` shows", folder.display())]
@@ -64,12 +68,17 @@ impl EnvCommandError {
         use grail_environments::sandbox::setup::SetupError;
         match self {
             Self::Source(error) => of_source(error),
-            Self::Split(_) | Self::Task(_) => ExitCode::Usage,
+            Self::Split(_) | Self::Task(_) | Self::NoSuchTask { .. } => ExitCode::Usage,
+            Self::Completions { source, .. } if source.kind() == std::io::ErrorKind::InvalidData => ExitCode::BadData,
             Self::NoCheckpoint { .. } | Self::Completions { .. } => ExitCode::MissingInput,
             Self::Checkpoint { .. } | Self::ThinkingMode { .. } | Self::Prompt(_) | Self::Line { .. } => {
                 ExitCode::BadData
             }
-            Self::Setup(SetupError::Failed { .. } | SetupError::Script(_)) => ExitCode::Unavailable,
+            Self::Setup(SetupError::Failed { .. } | SetupError::Script(_) | SetupError::Interpreter(_)) => {
+                ExitCode::Unavailable
+            }
+            Self::Setup(SetupError::HandOver(_)) => ExitCode::CannotWrite,
+            Self::Setup(SetupError::NoFolder) => ExitCode::Configuration,
             Self::Setup(_) => ExitCode::MissingInput,
             Self::Pool(error) => of_pool(error),
         }
@@ -83,27 +92,56 @@ pub struct EnvSite {
     pub evaluators: Arc<Evaluators>,
 }
 
-/// Which rows and which of them.
+/// Which rows.
 #[derive(Debug, Clone)]
-pub struct TaskChoice {
+pub struct RowsChoice {
     pub environment: EnvironmentId,
     /// As the environment names it; `None` = its default split.
     pub split: Option<String>,
     /// The rows that this program carries, whatever is configured.
     pub is_embedded: bool,
-    pub pick: Pick,
+}
+
+/// Where rows are from, for whoever reads an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Origin {
+    /// Configured, cached or downloaded.
+    Found,
+    /// Part of this program.
+    Embedded,
+    /// Made up, since no package may ship the real ones.
+    StandIn,
+}
+
+impl Origin {
+    /// A remark behind a title.
+    const fn remark(self) -> &'static str {
+        match self {
+            Self::Found => "",
+            Self::Embedded => " (rows of this program)",
+            Self::StandIn => " (a stand-in: this problem is made up)",
+        }
+    }
 }
 
 /// One task of a split.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Pick {
     Seed(EnvironmentSeed),
+    /// `train_17`, or `17` for short.
     Id(String),
-    /// Every line of the file says which.
-    ByLine,
 }
 
-impl TaskChoice {
+impl RowsChoice {
+    const fn origin(&self) -> Origin {
+        match (self.is_embedded, self.environment) {
+            (false, _) => Origin::Found,
+            (true, EnvironmentId::Math) => Origin::StandIn,
+            (true, _) => Origin::Embedded,
+        }
+    }
+
     async fn open(&self, site: &EnvSite) -> Result<Arc<dyn Environment>, EnvCommandError> {
         let id = self.environment;
         let split = Split::resolve(id, self.split.as_deref())?;
@@ -116,13 +154,19 @@ impl TaskChoice {
     }
 }
 
-/// The task that `pick` means; `None` for [`Pick::ByLine`].
-fn task(environment: &dyn Environment, pick: &Pick) -> Result<Option<Task>, TaskError> {
-    match pick {
-        Pick::Seed(seed) => environment.task(*seed).map(Some),
-        Pick::Id(id) => environment.task_by_id(Some(id)).map(Some),
-        Pick::ByLine => Ok(None),
+/// The task that `pick` means. The protocol takes any text for an id; a question with an id that is none is a mistake.
+fn task(environment: &dyn Environment, pick: &Pick) -> Result<Task, EnvCommandError> {
+    let id = match pick {
+        Pick::Seed(seed) => return Ok(environment.task(*seed)?),
+        Pick::Id(id) => id,
+    };
+    let task = environment.task_by_id(Some(id))?;
+    let is_number = !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_digit());
+    if task.id == *id || is_number {
+        return Ok(task);
     }
+    let (environment, split, tasks) = (environment.id(), environment.split(), environment.task_count());
+    Err(EnvCommandError::NoSuchTask { id: id.clone(), environment, split, tasks, meant: task.id })
 }
 
 fn document(value: &impl Serialize) -> Result<String, CommandError> {

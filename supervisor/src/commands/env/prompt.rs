@@ -6,7 +6,7 @@ use grail_environments::{ThinkingMode, messages};
 use grail_text::{PromptError, RenderOptions};
 use serde_json::{Value, json};
 
-use super::{EnvCommandError, EnvSite, SCHEMA, TaskChoice, document, task};
+use super::{EnvCommandError, EnvSite, Pick, RowsChoice, SCHEMA, document, task};
 use crate::checkpoints::CheckpointFiles;
 use crate::commands::CommandError;
 use crate::commands::control::Form;
@@ -17,7 +17,8 @@ const METADATA: &str = "metadata.json";
 /// Whose prompt is shown.
 #[derive(Debug, Clone)]
 pub struct PromptOptions {
-    pub choice: TaskChoice,
+    pub choice: RowsChoice,
+    pub pick: Pick,
     /// Folder of the checkpoint.
     pub checkpoint: PathBuf,
     /// `None` = as the checkpoint's metadata say.
@@ -40,9 +41,8 @@ pub async fn prompt(site: &EnvSite, options: &PromptOptions, form: Form) -> Resu
     let failed = |source| EnvCommandError::Checkpoint { folder: folder.clone(), source };
     let files = CheckpointFiles::read(folder).map_err(failed)?;
     let environment = options.choice.open(site).await?;
-    let Some(task) = task(&*environment, &options.choice.pick).map_err(EnvCommandError::from)? else {
-        return Ok(String::new());
-    };
+    let task = task(&*environment, &options.pick)?;
+    let origin = options.choice.origin();
     let render = RenderOptions { enable_thinking: thinking_mode.enable_thinking() };
     let text = files.template.render(&messages(&task, thinking_mode), render);
     let text = text.map_err(PromptError::from).map_err(EnvCommandError::from)?;
@@ -51,11 +51,13 @@ pub async fn prompt(site: &EnvSite, options: &PromptOptions, form: Form) -> Resu
         Form::Text => {
             let listed = ids.iter().map(|id| id.0.to_string()).collect::<Vec<_>>().join(" ");
             let (environment, count) = (environment.id(), ids.len());
-            Ok(format!("{environment} {}, {thinking_mode}: {count} tokens\n\n{text}\n\n{listed}\n", task.id))
+            let title = format!("{environment} {}, {thinking_mode}: {count} tokens{}", task.id, origin.remark());
+            Ok(format!("{title}\n\n{text}\n\n{listed}\n"))
         }
         Form::Json => document(&json!({
             "schema": SCHEMA,
             "environment": environment.id(),
+            "rows": origin,
             "task": task.id,
             "thinking_mode": thinking_mode,
             "text": text,

@@ -4,12 +4,12 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use futures::{StreamExt, stream};
-use grail_environments::{Environment, Evaluation, Task, ThinkingMode};
+use grail_environments::{Environment, EnvironmentId, Evaluation, EvaluatorError, Task, ThinkingMode, Unevaluable};
 use grail_process::with_causes;
 use grail_protocol::ids::EnvironmentSeed;
 use serde::{Deserialize, Serialize};
 
-use super::{EnvCommandError, EnvSite, Pick, TaskChoice, task};
+use super::{EnvCommandError, EnvSite, Pick, RowsChoice, SCHEMA, task};
 use crate::commands::CommandError;
 
 /// Completions that are judged at once.
@@ -18,7 +18,9 @@ const IN_FLIGHT: usize = 32;
 /// What to judge.
 #[derive(Debug, Clone)]
 pub struct ScoreOptions {
-    pub choice: TaskChoice,
+    pub choice: RowsChoice,
+    /// The task of lines that name none.
+    pub pick: Option<Pick>,
     /// JSON lines; `-` is standard input.
     pub file: PathBuf,
     pub thinking_mode: ThinkingMode,
@@ -28,8 +30,17 @@ pub struct ScoreOptions {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scores {
     pub text: String,
-    /// Whether every completion has a verdict.
-    pub is_complete: bool,
+    pub completeness: Completeness,
+}
+
+/// Whether every completion has a verdict.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Completeness {
+    Complete,
+    /// Some have none, and never will.
+    Undecidable,
+    /// The sandbox failed for some; another try may do better.
+    SandboxFailed,
 }
 
 /// A line of the file. Other fields are allowed and left alone.
@@ -43,15 +54,52 @@ struct Line {
 /// A line of the answer.
 #[derive(Debug, Serialize)]
 struct Scored {
+    schema: u32,
     /// Number of the line in the file, from 1.
     line: usize,
+    environment: EnvironmentId,
     task: String,
     thinking_mode: ThinkingMode,
     #[serde(skip_serializing_if = "Option::is_none")]
     evaluation: Option<Evaluation>,
-    /// Why there is no verdict.
     #[serde(skip_serializing_if = "Option::is_none")]
-    unevaluable: Option<String>,
+    unevaluable: Option<NoVerdict>,
+}
+
+/// Why there is no verdict.
+#[derive(Debug, Serialize)]
+struct NoVerdict {
+    kind: NoVerdictKind,
+    detail: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum NoVerdictKind {
+    /// Validators may judge it otherwise: the miner drops such a group.
+    Undecidable,
+    /// Nothing is known about the completion.
+    SandboxFailed,
+}
+
+impl Scored {
+    fn completeness(&self) -> Completeness {
+        match self.unevaluable.as_ref().map(|none| none.kind) {
+            None => Completeness::Complete,
+            Some(NoVerdictKind::Undecidable) => Completeness::Undecidable,
+            Some(NoVerdictKind::SandboxFailed) => Completeness::SandboxFailed,
+        }
+    }
+}
+
+impl From<&Unevaluable> for NoVerdict {
+    fn from(error: &Unevaluable) -> Self {
+        let kind = match error {
+            Unevaluable::Evaluator { source: EvaluatorError::Sandbox { .. }, .. } => NoVerdictKind::SandboxFailed,
+            _ => NoVerdictKind::Undecidable,
+        };
+        Self { kind, detail: with_causes(error) }
+    }
 }
 
 /// Judges every completion of the file.
@@ -70,9 +118,11 @@ pub async fn score(site: &EnvSite, options: &ScoreOptions) -> Result<Scores, Com
             let verdict = environment.evaluate(task, completion, options.thinking_mode).await;
             let (evaluation, unevaluable) = match verdict {
                 Ok(evaluation) => (Some(evaluation), None),
-                Err(error) => (None, Some(with_causes(&error))),
+                Err(error) => (None, Some(NoVerdict::from(&error))),
             };
             Scored {
+                schema: SCHEMA,
+                environment: environment.id(),
                 line: *number,
                 task: task.id.clone(),
                 thinking_mode: options.thinking_mode,
@@ -88,7 +138,8 @@ pub async fn score(site: &EnvSite, options: &ScoreOptions) -> Result<Scores, Com
         text += &serde_json::to_string(line).map_err(|error| CommandError::Output(error.into()))?;
         text.push('\n');
     }
-    Ok(Scores { text, is_complete: scored.iter().all(|line| line.evaluation.is_some()) })
+    let completeness = scored.iter().map(Scored::completeness).max().unwrap_or(Completeness::Complete);
+    Ok(Scores { text, completeness })
 }
 
 fn read(path: &Path) -> std::io::Result<String> {
@@ -113,13 +164,13 @@ fn lines(
         let line: Line = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
         let pick = match (line.task, line.seed) {
             (Some(_), Some(_)) => return Err(wrong("it names both `task` and `seed`; leave one out".to_owned())),
-            (Some(id), None) => Pick::Id(id),
-            (None, Some(seed)) => Pick::Seed(EnvironmentSeed(seed)),
-            (None, None) => options.choice.pick.clone(),
+            (Some(id), None) => Some(Pick::Id(id)),
+            (None, Some(seed)) => Some(Pick::Seed(EnvironmentSeed(seed))),
+            (None, None) => options.pick.clone(),
         };
         let nameless =
             || wrong("it names no `task` and no `seed`; name one there, or one for all with --task".to_owned());
-        let task = task(environment, &pick)?.ok_or_else(nameless)?;
+        let task = task(environment, &pick.ok_or_else(nameless)?).map_err(|error| wrong(with_causes(&error)))?;
         Ok((number, task, line.completion))
     };
     numbered.map(read).collect()

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use grail_environments::{Payload, Task};
 use serde_json::{Value, json};
 
-use super::{EnvSite, SCHEMA, TaskChoice, document, task};
+use super::{EnvSite, Pick, RowsChoice, SCHEMA, document, task};
 use crate::commands::CommandError;
 use crate::commands::control::Form;
 
@@ -13,18 +13,18 @@ use crate::commands::control::Form;
 ///
 /// # Errors
 /// [`CommandError`] if there are no rows or no such task.
-pub async fn show(site: &EnvSite, choice: &TaskChoice, form: Form) -> Result<String, CommandError> {
+pub async fn show(site: &EnvSite, choice: &RowsChoice, pick: &Pick, form: Form) -> Result<String, CommandError> {
     let environment = choice.open(site).await?;
-    let Some(task) = task(&*environment, &choice.pick).map_err(super::EnvCommandError::from)? else {
-        return Ok(String::new());
-    };
+    let task = task(&*environment, pick)?;
+    let origin = choice.origin();
     let (id, split, tasks) = (environment.id(), environment.split(), environment.task_count());
     match form {
-        Form::Text => Ok(format!("{id} {split}: task {} of {tasks}\n\n{}", task.id, render(&task))),
+        Form::Text => Ok(format!("{id} {split}: task {} of {tasks}{}\n\n{}", task.id, origin.remark(), render(&task))),
         Form::Json => document(&json!({
             "schema": SCHEMA,
             "environment": id,
             "split": split,
+            "rows": origin,
             "tasks": tasks,
             "task": task.id,
             "row": task.row,
