@@ -51,14 +51,22 @@ fn main() {
     runtime.block_on(async {
         let pool = Arc::new(start().await);
         println!("layers: {}", pool.layers());
+        println!("load before: {}", load());
         for _ in 0..ROUNDS {
             programs(&pool).await;
         }
         for _ in 0..ROUNDS {
             pairs(&pool).await;
         }
+        println!("load after: {}", load());
         Arc::into_inner(pool).expect("nobody else has it").shut_down().await;
     });
+}
+
+/// What else the machine did in the last 1, 5 and 15 minutes.
+fn load() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split_ascii_whitespace().take(3).collect::<Vec<_>>().join(" ")
 }
 
 async fn start() -> Pool {
