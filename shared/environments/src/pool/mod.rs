@@ -67,15 +67,15 @@ pub struct PoolConfig {
 }
 
 impl PoolConfig {
-    /// One interpreter of each kind per core, two at least, and all layers.
+    /// One interpreter of each kind per core, two at least, one more for programs, and all layers.
     #[must_use]
     pub fn new(helper: Helper, installation: Installation) -> Self {
-        // A second run of a program goes to another interpreter than the first.
         let cores = std::thread::available_parallelism().map_or(2, usize::from).max(2);
         Self {
             helper,
             installation,
-            programs: cores.min(MOST_FOR_PROGRAMS),
+            // A second run of a program goes to another interpreter than the first, and would wait for one that is busy.
+            programs: (cores + 1).min(MOST_FOR_PROGRAMS),
             formulas: cores.min(MOST_FOR_FORMULAS),
             layers: LayerSet::all(),
             is_unsafe_accepted: false,

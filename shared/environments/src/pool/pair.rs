@@ -33,6 +33,10 @@ static WITH_DIGITS: LazyLock<Vec<&str>> =
 /// Characters that are neither letters nor digits and that harmless formulas are made of.
 const SIGNS: &str = "+-*/^()[]{},.!|<>=%$:;~ ";
 
+/// Signs beyond ASCII that answers hold. To the parser each is a part of a symbol, which is text to it, or an error; none is a
+/// part of any known name, nor becomes one.
+const FOREIGN_SIGNS: &str = "°²³½¼¾×·−–√∞π";
+
 /// Whether both sides are arithmetic and nothing else.
 pub(super) fn is_plain(left: &str, right: &str) -> bool {
     [left, right].into_iter().all(is_plain_side)
@@ -40,7 +44,8 @@ pub(super) fn is_plain(left: &str, right: &str) -> bool {
 
 fn is_plain_side(text: &str) -> bool {
     // Another case would be another name; texts are lower-cased before they come here.
-    let is_allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || SIGNS.contains(c);
+    let is_allowed =
+        |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || SIGNS.contains(c) || FOREIGN_SIGNS.contains(c);
     text.chars().all(is_allowed)
         && !has_attribute(text)
         && !text.split(|c: char| !c.is_ascii_lowercase()).any(|word| DANGEROUS.contains(word))
@@ -61,7 +66,20 @@ mod tests {
         for text in
             ["1/2", "0.3[3]", "sqrt(2)*x**2", "-5", "(1,2)", "{1,2}", "50%", "x=5", "2x", "3.", "", "binomial(5,2)"]
                 .into_iter()
-                .chain(["yes", "monday", "5 apples", "set()", "matrix([1])", "sum([1,2])", "zeta(2)", "xy", "eq(x,5)"])
+                .chain([
+                    "yes",
+                    "monday",
+                    "5 apples",
+                    "set()",
+                    "matrix([1])",
+                    "sum([1,2])",
+                    "zeta(2)",
+                    "xy",
+                    "eq(x,5)",
+                    "π/2",
+                    "90°",
+                    "√2",
+                ])
         {
             assert!(is_plain(text, "1"), "{text}");
         }
@@ -84,7 +102,6 @@ mod tests {
             "\\frac",
             "#",
             "ｅｘｅｃ",
-            "π",
             "x\u{200b}",
             "chr(9)",
             "symbols",
