@@ -13,17 +13,14 @@ mpmath==$mpmath_version --hash=sha256:a0b2b9fe80bbcd81a6647ff13108738cfb482d481d
 say() { printf 'evaluator: %s\n' "$*" >&2; }
 die() { printf 'evaluator: error: %s\n' "$*" >&2; exit 1; }
 
-cache="${GRAIL_BUILD_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:?set HOME, XDG_CACHE_HOME or GRAIL_BUILD_CACHE_DIR}/.cache}/grail-supervisor}"
-root="${1:-$cache/evaluator-$sympy_version}"
-
 # Whether $1 is a CPython 3.12 that runs: a pyenv shim may exist without one behind it.
 is_python_312() {
     [ -n "$1" ] && "$1" -I -S -c 'import sys; sys.exit((sys.implementation.name, *sys.version_info[:2]) != ("cpython", 3, 12))' \
-        >/dev/null 2>&1
+        </dev/null >/dev/null 2>&1
 }
 
 # Whether the modules that evaluators use can be imported: some builds of Python lack them.
-is_complete() { "$1" -I -S -c 'import ctypes, resource, select, json, math' >/dev/null 2>&1; }
+is_complete() { "$1" -I -S -c 'import ctypes, resource, select, json, math' </dev/null >/dev/null 2>&1; }
 
 candidates() {
     command -v python3.12 || true
@@ -49,27 +46,9 @@ find_python() {
 
 # The file `python` is written last, so its presence means that the folder is complete.
 is_ready() {
-    local python
-    [ -f "$root/python" ] && python=$(cat "$root/python") && is_python_312 "$python" && [ -d "$root/site/sympy" ]
+    local known
+    [ -f "$root/python" ] && known=$(cat "$root/python") && is_python_312 "$known" && [ -d "$root/site/sympy" ]
 }
-
-if is_ready; then
-    say "ready in $root (reused)"
-    exit 0
-fi
-
-mkdir -p "$(dirname "$root")" || die "cannot create $(dirname "$root"); set GRAIL_BUILD_CACHE_DIR to a folder that can be written"
-# Two builds may run side by side: one installs, the other waits for it.
-exec 9>"$root.lock"
-flock 9
-if is_ready; then
-    say "ready in $root (installed by another run)"
-    exit 0
-fi
-
-python=$(find_python) || die "no CPython 3.12 that runs was found: neither python3.12 on PATH, nor in pyenv's versions, nor by uv. \
-Install one (Debian, Ubuntu: apt install python3.12; pyenv install 3.12; uv python install 3.12) and run this again"
-say "using $python"
 
 # The packages are plain Python, so any pip can install them.
 find_pip() {
@@ -83,30 +62,61 @@ find_pip() {
     return 1
 }
 
-staging=$(mktemp -d "$root.staging.XXXXXX")
-trap 'rm -rf "$staging"' EXIT
-# Others than who sets it up may run it.
-chmod 755 "$staging"
-export PIP_ROOT_USER_ACTION=ignore
-printf '%s\n' "$requirements" >"$staging/requirements.txt"
-if pip=$(find_pip); then
-    "$pip" -m pip install --disable-pip-version-check --quiet --require-hashes --no-deps --no-compile --only-binary=:all: \
-        --target "$staging/site" -r "$staging/requirements.txt" >&2 ||
-        die "pip could not install sympy $sympy_version: check the network and pip's index settings, then run this again"
-elif command -v uv >/dev/null; then
-    uv pip install --quiet --python "$python" --require-hashes --no-deps --only-binary=:all: --target "$staging/site" \
-        -r "$staging/requirements.txt" >&2 ||
-        die "uv could not install sympy $sympy_version: check the network and uv's index settings, then run this again"
-else
-    die "neither pip nor uv is there to install sympy with; install one (for example the package python3-pip)"
-fi
-# Evaluators cannot write, so what they import must be compiled before.
-"$python" -I -S -m compileall -q "$staging/site" >&2 || die "$python could not compile sympy"
-found=$("$python" -I -S -c 'import sys; sys.path.append(sys.argv[1]); import sympy; print(sympy.__version__)' "$staging/site") ||
-    die "$python cannot import the sympy that was installed"
-[ "$found" = "$sympy_version" ] || die "sympy $found was installed, $sympy_version is needed"
-printf '%s\n' "$python" >"$staging/python"
-rm -rf "$root"
-mv "$staging" "$root"
-trap - EXIT
-say "ready in $root (sympy $sympy_version, mpmath $mpmath_version)"
+main() {
+    cache="${GRAIL_BUILD_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:?set HOME, XDG_CACHE_HOME or GRAIL_BUILD_CACHE_DIR}/.cache}/grail-supervisor}"
+    root="${1:-$cache/evaluator-$sympy_version}"
+
+    if is_ready; then
+        say "ready in $root (reused)"
+        exit 0
+    fi
+
+    mkdir -p "$(dirname "$root")" || die "cannot create $(dirname "$root"); set GRAIL_BUILD_CACHE_DIR to a folder that can be written"
+    # Two builds may run side by side: one installs, the other waits for it.
+    exec 9>"$root.lock"
+    flock 9
+    if is_ready; then
+        say "ready in $root (installed by another run)"
+        exit 0
+    fi
+
+    python=$(find_python) || die "no CPython 3.12 that runs was found: neither python3.12 on PATH, nor in pyenv's versions, nor by uv." \
+        "Install one (Debian, Ubuntu: apt install python3.12; pyenv install 3.12; uv python install 3.12) and run this again"
+    say "using $python"
+
+    staging=$(mktemp -d "$root.staging.XXXXXX")
+    trap 'rm -rf "$staging"' EXIT
+    # Others than who sets it up may run it, whatever his umask.
+    umask 022
+    chmod 755 "$staging"
+    export PIP_ROOT_USER_ACTION=ignore
+    printf '%s\n' "$requirements" >"$staging/requirements.txt"
+    if pip=$(find_pip); then
+        "$pip" -m pip install --disable-pip-version-check --quiet --require-hashes --no-deps --no-compile --only-binary=:all: \
+            --target "$staging/site" -r "$staging/requirements.txt" >&2 ||
+            die "pip could not install sympy $sympy_version: check the network and pip's index settings, then run this again"
+    elif command -v uv >/dev/null; then
+        uv pip install --quiet --python "$python" --require-hashes --no-deps --only-binary=:all: --target "$staging/site" \
+            -r "$staging/requirements.txt" >&2 ||
+            die "uv could not install sympy $sympy_version: check the network and uv's index settings, then run this again"
+    else
+        die "neither pip nor uv is there to install sympy with; install one (for example the package python3-pip)"
+    fi
+    # Evaluators cannot write, so what they import must be compiled before.
+    "$python" -I -S -m compileall -q "$staging/site" >&2 || die "$python could not compile sympy"
+    found=$("$python" -I -S -c 'import sys; sys.path.append(sys.argv[1]); import sympy; print(sympy.__version__)' "$staging/site") ||
+        die "$python cannot import the sympy that was installed"
+    [ "$found" = "$sympy_version" ] || die "sympy $found was installed, $sympy_version is needed"
+    printf '%s\n' "$python" >"$staging/python"
+    # What is there until now, if anything is, does not work; it is gone only when its successor is whole.
+    if [ -e "$root" ]; then
+        mv -T "$root" "$staging.old"
+    fi
+    mv -T "$staging" "$root"
+    trap - EXIT
+    rm -rf "$staging.old"
+    say "ready in $root (sympy $sympy_version, mpmath $mpmath_version)"
+}
+
+# One line, read whole before anything runs, and nothing to read for what it starts: this text may itself come from stdin.
+main "$@" </dev/null

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use tokio::sync::oneshot;
 
 use super::protocol::Reply;
+use super::role::Purpose;
 use crate::evaluator::Program;
 
 /// The most plain pairs that share a child.
@@ -13,7 +14,11 @@ const MOST_SHARED: usize = 16;
 /// What is to be evaluated.
 #[derive(Clone, Debug)]
 pub(super) enum Work {
-    Program(Program),
+    Program {
+        program: Program,
+        /// Seconds that each of its tests has.
+        limit_s: u64,
+    },
     Pair {
         left: String,
         right: String,
@@ -58,13 +63,14 @@ pub(super) enum Seat {
 /// Jobs that wait and interpreters that may take them.
 #[derive(Debug)]
 pub(super) struct Board {
+    purpose: Purpose,
     queue: VecDeque<Job>,
     seats: Vec<Seat>,
 }
 
 impl Board {
-    pub(super) fn new(seats: usize) -> Self {
-        Self { queue: VecDeque::new(), seats: vec![Seat::Starting; seats] }
+    pub(super) fn new(purpose: Purpose, seats: usize) -> Self {
+        Self { purpose, queue: VecDeque::new(), seats: vec![Seat::Starting; seats] }
     }
 
     pub(super) fn push(&mut self, job: Job) {
@@ -117,11 +123,14 @@ impl Board {
         others().find(idle)
     }
 
-    /// Why no interpreter is left; `None` while one is or may come.
+    /// Why there is no interpreter; `None` while one is or may come.
     pub(super) fn given_up(&self) -> Option<String> {
         let reasons: Option<Vec<&String>> =
             self.seats.iter().map(|seat| if let Seat::GivenUp(reason) = seat { Some(reason) } else { None }).collect();
-        reasons?.first().map(|reason| (*reason).clone())
+        Some(match reasons?.first() {
+            Some(reason) => format!("no evaluator is left: {reason}"),
+            None => format!("this pool was started without interpreters for {}", self.purpose.work()),
+        })
     }
 
     /// Takes all jobs that wait.
@@ -142,7 +151,7 @@ mod tests {
 
     /// Puts jobs on a board and keeps their receivers alive.
     fn board(seats: &[Seat], jobs: &[(&str, bool, Option<usize>)]) -> (Board, Vec<oneshot::Receiver<Outcome>>) {
-        let mut board = Board::new(seats.len());
+        let mut board = Board::new(Purpose::Formulas, seats.len());
         for (slot, seat) in seats.iter().enumerate() {
             board.set(slot, seat.clone());
         }
@@ -159,7 +168,7 @@ mod tests {
         let (slot, jobs) = next?;
         let name = |job: &Job| match &job.work {
             Work::Pair { left, .. } => left.clone(),
-            Work::Program(program) => program.code.to_string(),
+            Work::Program { program, .. } => program.code.to_string(),
         };
         Some((slot, jobs.iter().map(name).collect::<Vec<_>>().join(" ")))
     }
@@ -211,7 +220,14 @@ mod tests {
         let (mut board, _answers) = board(&[Seat::GivenUp("first".into()), Seat::Starting], &[("a", false, None)]);
         assert_eq!(board.given_up(), None);
         board.set(1, Seat::GivenUp("second".into()));
-        assert_eq!(board.given_up(), Some("first".into()));
+        assert_eq!(board.given_up(), Some("no evaluator is left: first".into()));
         assert_eq!(board.drain().count(), 1);
+    }
+    #[test]
+    fn without_any_seat_nobody_waits() {
+        for (purpose, work) in [(Purpose::Programs, "programs"), (Purpose::Formulas, "formulas")] {
+            let reason = Board::new(purpose, 0).given_up().unwrap();
+            assert_eq!(reason, format!("this pool was started without interpreters for {work}"));
+        }
     }
 }

@@ -70,7 +70,7 @@ impl Fleet {
             tasks.push(tokio::spawn(slot.run(end.clone())));
             slots.push(give);
         }
-        let dispatcher = Dispatcher { board: Board::new(count), slots, publish };
+        let dispatcher = Dispatcher { board: Board::new(purpose, count), slots, publish };
         tasks.push(tokio::spawn(dispatcher.run(submissions, notes, end.clone())));
         Self { purpose, submit, room: Semaphore::new(queue), states, tasks: Mutex::new(tasks), end }
     }
@@ -154,10 +154,8 @@ impl Dispatcher {
                     Some(job) => self.board.push(job),
                     None => return,
                 },
-                note = notes.recv() => match note {
-                    Some(note) => self.on_note(note),
-                    None => return,
-                },
+                // A pool without interpreters never has one.
+                Some(note) = notes.recv() => self.on_note(note),
             }
             self.assign();
         }
@@ -180,9 +178,9 @@ impl Dispatcher {
     }
 
     fn assign(&mut self) {
-        if let Some(reason) = self.board.given_up() {
+        if let Some(detail) = self.board.given_up() {
             for job in self.board.drain() {
-                tell_outcome(job, Outcome::NoInterpreter { detail: format!("no evaluator is left: {reason}") });
+                tell_outcome(job, Outcome::NoInterpreter { detail: detail.clone() });
             }
         }
         while let Some((slot, jobs)) = self.board.next() {

@@ -10,14 +10,14 @@ mod link;
 mod pair;
 mod protocol;
 mod role;
+mod shared;
 mod slot;
 mod verdict;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use grail_process::cgroup::Delegation;
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 pub use fleet::InterpreterState;
@@ -30,6 +30,8 @@ use crate::sandbox::{Helper, LayerReport, LayerSet, probe, working};
 use board::Work;
 use fleet::{Answer, Fleet};
 use role::{Ground, Purpose};
+use shared::Shared;
+use verdict::TEST_LIMIT_S;
 
 /// A boolean: programs run even where the sandbox is weaker than it must be. Read by whoever configures the pool.
 pub const UNSAFE_VARIABLE: &str = "GRAIL_UNSAFE_SANDBOX";
@@ -64,15 +66,15 @@ pub struct PoolConfig {
 }
 
 impl PoolConfig {
-    /// One interpreter of each kind per core, two at least, and all layers.
+    /// One interpreter of each kind per core, two at least, one more for programs, and all layers.
     #[must_use]
     pub fn new(helper: Helper, installation: Installation) -> Self {
-        // A second run of a program goes to another interpreter than the first.
         let cores = std::thread::available_parallelism().map_or(2, usize::from).max(2);
         Self {
             helper,
             installation,
-            programs: cores.min(MOST_FOR_PROGRAMS),
+            // A second run of a program goes to another interpreter than the first, and would wait for one that is busy.
+            programs: (cores + 1).min(MOST_FOR_PROGRAMS),
             formulas: cores.min(MOST_FOR_FORMULAS),
             layers: LayerSet::all(),
             is_unsafe_accepted: false,
@@ -108,7 +110,6 @@ pub enum PoolError {
 }
 
 type Verdict = Result<ProgramVerdict, EvaluatorError>;
-type Pending = Arc<OnceCell<Verdict>>;
 
 /// Sandboxed interpreters that evaluate programs and formulas. Dropping it ends them.
 #[derive(Debug)]
@@ -117,8 +118,9 @@ pub struct Pool {
     formulas: Fleet,
     layers: LayerSet,
     reports: Vec<LayerReport>,
-    /// Programs that are being evaluated: a group often holds the same one several times.
-    pending: Mutex<HashMap<Program, Pending>>,
+    /// Programs and pairs that are being evaluated: a group often holds the same one several times.
+    running: Shared<Program, Verdict>,
+    comparing: Shared<(String, String), Result<bool, EvaluatorError>>,
 }
 
 impl Pool {
@@ -155,7 +157,8 @@ impl Pool {
             formulas: fleet(Purpose::Formulas, config.formulas),
             layers,
             reports,
-            pending: Mutex::default(),
+            running: Shared::default(),
+            comparing: Shared::default(),
         })
     }
 
@@ -190,39 +193,25 @@ impl Pool {
     }
 
     async fn run_once(&self, program: &Program) -> Verdict {
-        let work = Work::Program(program.clone());
-        let (reply, slot) = self.program_reply(&work, None).await?;
-        let verdict = verdict::of_run(&reply)?;
-        if !verdict::needs_second_run(&reply) {
-            return Ok(verdict);
-        }
+        let (reply, slot) = self.program_reply(program, TEST_LIMIT_S, None).await?;
+        let verdict = verdict::of_run(&reply, TEST_LIMIT_S)?;
+        let Some(limit_s) = verdict::second_limit_s(&reply) else { return Ok(verdict) };
         // Another interpreter has other hashes and addresses.
-        let (reply, _) = self.program_reply(&work, Some(slot)).await?;
-        verdict::of_both(verdict, &verdict::of_run(&reply)?)
+        let (reply, _) = self.program_reply(program, limit_s, Some(slot)).await?;
+        verdict::of_both(verdict, &verdict::of_run(&reply, limit_s)?)
     }
 
     async fn program_reply(
         &self,
-        work: &Work,
+        program: &Program,
+        limit_s: u64,
         avoid: Option<usize>,
     ) -> Result<(protocol::Reply, usize), EvaluatorError> {
-        match self.programs.evaluate(work, avoid).await? {
+        let work = Work::Program { program: program.clone(), limit_s };
+        match self.programs.evaluate(&work, avoid).await? {
             Answer::Reply(reply, slot) => Ok((reply, slot)),
             Answer::NotShared => unreachable!("only pairs share a child"),
         }
-    }
-
-    /// Evaluates `program` once for all who ask for it at the same time.
-    async fn run_shared(&self, program: Program) -> Verdict {
-        let pending = Arc::clone(self.pending().entry(program.clone()).or_default());
-        let verdict = pending.get_or_init(|| self.run_once(&program)).await.clone();
-        self.pending().remove(&program);
-        verdict
-    }
-
-    fn pending(&self) -> std::sync::MutexGuard<'_, HashMap<Program, Pending>> {
-        // Nothing here can panic half-way.
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn compare(&self, left: &str, right: &str) -> Result<bool, EvaluatorError> {
@@ -257,10 +246,11 @@ fn reasons(reports: &[LayerReport]) -> String {
 
 impl Evaluator for Pool {
     fn run(&self, program: Program) -> BoxFuture<'_, Result<ProgramVerdict, EvaluatorError>> {
-        Box::pin(self.run_shared(program))
+        Box::pin(async move { self.running.get(program.clone(), self.run_once(&program)).await })
     }
 
     fn are_equal<'a>(&'a self, left: &'a str, right: &'a str) -> BoxFuture<'a, Result<bool, EvaluatorError>> {
-        Box::pin(self.compare(left, right))
+        let key = (left.to_owned(), right.to_owned());
+        Box::pin(self.comparing.get(key, self.compare(left, right)))
     }
 }

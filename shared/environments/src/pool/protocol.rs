@@ -37,7 +37,7 @@ pub(super) struct Request<'r> {
     pub(super) tests: Option<&'r [String]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) pairs: Option<&'r [(String, String)]>,
-    /// Wall-clock seconds of each test, counted inside of the child.
+    /// Seconds of each test, counted inside of the child.
     pub(super) time_s: u64,
     /// Wall-clock seconds after which the child is killed.
     pub(super) wall_s: u64,

@@ -37,6 +37,14 @@ impl Purpose {
         }
     }
 
+    /// What it evaluates, in messages.
+    pub(super) const fn work(self) -> &'static str {
+        match self {
+            Self::Programs => "programs",
+            Self::Formulas => "formulas",
+        }
+    }
+
     const fn memory_bytes(self) -> u64 {
         match self {
             Self::Programs => PROGRAM_BYTES,
@@ -83,7 +91,7 @@ impl Ground {
             Purpose::Programs => self.interpreter.view(),
             Purpose::Formulas => self.interpreter.view_with_sympy(),
         };
-        Plan { view, layers: self.layers, only_try: false }
+        Plan { view, layers: self.layers, only_try: false, nice: self.nice }
     }
 
     /// A control group for one interpreter and its child, with limits where the kernel has them.

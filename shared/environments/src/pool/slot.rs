@@ -12,7 +12,6 @@ use super::board::{Job, Outcome, Seat, Work};
 use super::link::Link;
 use super::protocol::{Kind, Reply, Request, Status};
 use super::role::{Zygote, stop_plan};
-use super::verdict::TEST_LIMIT_S;
 
 /// On a busy machine a test may wait this many times as long as it may run; then the interpreter kills the child.
 const MOST_BUSY: u64 = 3;
@@ -220,7 +219,7 @@ impl Slot {
 
 /// What jobs ask together: one program, or pairs of formulas.
 enum Question<'j> {
-    Program { code: &'j str, tests: &'j [String], has_limits: bool },
+    Program { code: &'j str, tests: &'j [String], limit_s: u64, has_limits: bool },
     Pairs { pairs: Vec<(String, String)>, has_limits: bool },
 }
 
@@ -229,8 +228,9 @@ impl<'j> Question<'j> {
         let mut pairs = Vec::new();
         for job in jobs {
             match &job.work {
-                Work::Program(program) => {
-                    return Self::Program { code: &program.code, tests: &program.tests, has_limits };
+                Work::Program { program, limit_s } => {
+                    let (code, tests) = (&program.code, &program.tests);
+                    return Self::Program { code, tests, limit_s: *limit_s, has_limits };
                 }
                 Work::Pair { left, right, .. } => pairs.push((left.clone(), right.clone())),
             }
@@ -240,15 +240,15 @@ impl<'j> Question<'j> {
 
     fn request(&self) -> Request<'_> {
         match self {
-            Self::Program { code, tests, has_limits } => {
-                let seconds = TEST_LIMIT_S * tests.len() as u64;
+            Self::Program { code, tests, limit_s, has_limits } => {
+                let seconds = limit_s * tests.len() as u64;
                 Request {
                     id: 0,
                     question: Kind::Run,
                     code: Some(code),
                     tests: Some(tests),
                     pairs: None,
-                    time_s: TEST_LIMIT_S,
+                    time_s: *limit_s,
                     wall_s: seconds * MOST_BUSY + DEADLINE_GRACE_S,
                     cpu_s: has_limits.then_some(seconds + CPU_GRACE_S),
                 }

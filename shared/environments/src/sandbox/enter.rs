@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitCode, ExitStatus};
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::prctl;
@@ -29,6 +30,10 @@ pub(crate) const OUTER: &str = "outer";
 const INNER: &str = "inner";
 /// This program, whatever became of its file meanwhile.
 const THIS_PROGRAM: &str = "/proc/self/exe";
+/// Where the kernel tells, and is told, how nice this session is.
+const OWN_GROUP: &str = "/proc/self/autogroup";
+const MOST_NICE_TRIES: u32 = 5;
+const NICE_PAUSE: Duration = Duration::from_millis(110);
 /// What a shell says of a process that a signal ended.
 const SIGNAL_CODE: i32 = 128;
 
@@ -54,10 +59,26 @@ fn stage(arguments: &[OsString]) -> Result<ExitStatus, EnterError> {
         return Err(EnterError::Stage(arguments.join(OsStr::new(" ")).to_string_lossy().into_owned()));
     };
     let plan: Plan = serde_json::from_slice(text.as_encoded_bytes()).map_err(EnterError::Plan)?;
+    if stage == OUTER {
+        be_nice(plan.nice);
+    }
     match stage.to_str() {
         Some(OUTER) if plan.layers.has(Layer::Namespaces) => outer(text),
         Some(OUTER | INNER) => inner(&plan),
         _ => Err(EnterError::Stage(stage.to_string_lossy().into_owned())),
+    }
+}
+
+/// Makes this session, which is new, as a whole give way to others. Where the kernel groups processes by session it weighs the
+/// groups, and a process's own value counts only among those of its session. Not every kernel has that, and nothing but speed
+/// hangs on it.
+fn be_nice(steps: u8) {
+    for _ in 0..MOST_NICE_TRIES {
+        match std::fs::write(OWN_GROUP, steps.to_string()) {
+            // The kernel bears this only every tenth of a second of all users without privileges.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(NICE_PAUSE),
+            _ => return,
+        }
     }
 }
 
@@ -140,6 +161,8 @@ fn become_interpreter(python: &Path, nowhere: &OwnedFd) -> Result<Infallible, En
         .args(["-I", "-S", "-E", "-X", "utf8", "-c", ZYGOTE])
         .arg(nowhere.as_raw_fd().to_string())
         .env_clear()
+        // Or every child would look up for itself what it calls. The interpreter removes it from what programs see.
+        .env("LD_BIND_NOW", "1")
         .exec();
     Err(EnterError::Exec { program: python.to_owned(), source })
 }

@@ -10,6 +10,7 @@ use seccompiler::{
 };
 
 use super::error::EnterError;
+use super::search;
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
@@ -178,7 +179,7 @@ pub fn interpreter() -> Result<Vec<BpfProgram>, EnterError> {
 /// # Errors
 /// [`EnterError`] on a machine without filters.
 pub fn program() -> Result<BpfProgram, EnterError> {
-    let mut rules: Rules = ALLOWED.iter().chain(ALLOWED_HERE).map(|call| (*call, vec![])).collect();
+    let mut rules = Rules::new();
     let argument = |index, mask: libc::c_int, value: libc::c_int| {
         let bits = |flags: libc::c_int| u64::from(flags.cast_unsigned());
         SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(bits(mask)), bits(value))
@@ -193,7 +194,10 @@ pub fn program() -> Result<BpfProgram, EnterError> {
     // Reading a limit: no new one is given.
     let none = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
     rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(vec![none])?]);
-    filter(rules, SeccompAction::Errno(Errno::EPERM as u32), SeccompAction::Allow)
+    let calls = ALLOWED.iter().chain(ALLOWED_HERE).filter_map(|call| u32::try_from(*call).ok());
+    let mut program = search::allowing(calls);
+    program.extend(filter(rules, SeccompAction::Errno(Errno::EPERM as u32), SeccompAction::Allow)?);
+    Ok(program)
 }
 
 fn filter(rules: Rules, otherwise: SeccompAction, matched: SeccompAction) -> Result<BpfProgram, EnterError> {

@@ -14,8 +14,11 @@ mod plan;
 mod probe;
 mod restrict;
 mod root;
+mod search;
 pub mod setup;
 mod tool;
+#[cfg(test)]
+mod zygote_tests;
 
 pub use enter::enter_and_exec;
 pub use error::EnterError;
@@ -26,3 +29,5 @@ pub use plan::{Helper, Plan, View};
 pub use probe::{LayerReport, probe};
 pub(crate) use probe::{spec as helper_spec, working};
 pub use tool::ToolError;
+#[cfg(test)]
+pub(crate) use zygote_tests::in_interpreter;

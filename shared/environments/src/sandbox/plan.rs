@@ -8,7 +8,23 @@ use serde::{Deserialize, Serialize};
 use super::layers::LayerSet;
 
 /// The text that the interpreter runs.
-pub(crate) const ZYGOTE: &str = include_str!("zygote.py");
+pub(crate) const ZYGOTE: &str = concat!(
+    include_str!("zygote/frames.py"),
+    "\n\n",
+    include_str!("zygote/records.py"),
+    "\n\n",
+    include_str!("zygote/programs.py"),
+    "\n\n",
+    include_str!("zygote/formulas.py"),
+    "\n\n",
+    include_str!("zygote/kernel.py"),
+    "\n\n",
+    include_str!("zygote/serve.py"),
+    "\n\n",
+    include_str!("zygote/inspect.py"),
+    "\n\n",
+    include_str!("zygote/main.py"),
+);
 
 /// What of this host an interpreter needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +48,9 @@ pub struct Plan {
     pub layers: LayerSet,
     /// Enter and end, without starting the interpreter.
     pub only_try: bool,
+    /// Steps by which the whole session is nicer than others, where the kernel shares the CPU among sessions.
+    #[serde(default)]
+    pub nice: u8,
 }
 
 /// How the helper is called: a program that hands its last two arguments to [`super::enter_and_exec`].

@@ -57,7 +57,7 @@ fn cgroup(delegation: Option<&Delegation>) -> Option<String> {
 
 async fn attempt(helper: &Helper, view: &View, layer: Layer) -> Option<String> {
     let layers = LayerSet::NONE.with(layer);
-    let plan = Plan { view: view.clone(), layers, only_try: true };
+    let plan = Plan { view: view.clone(), layers, only_try: true, nice: 0 };
     match tool::finish(spec("sandbox-probe", helper, &plan), TRY_LIMIT).await {
         Ok(finished) if finished.is_done() => None,
         Ok(finished) => Some(finished.trouble()),

@@ -298,19 +298,24 @@ async fn time_is_bounded_whatever_a_program_does_to_its_alarm() {
         format!("{ESCAPE}signal = load('signal')\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nwhile True: pass\n");
     let swallowing = "while True:\n    try:\n        for n in range(10**9): n\n    except Exception: pass";
     let sleeping = format!("{ESCAPE}load('time').sleep(1000)\n");
+    // After five seconds it could swallow the alarm, after eight it could not: the reference would have gone on.
+    let swallowing_early = format!(
+        "{ESCAPE}now = load('time').thread_time\ntry:\n    while now() < 6.5: pass\nexcept Exception: pass\nwhile True: pass\n"
+    );
     let endless = "while True: pass";
     let backtracking = "import re\nre.match('(a+)+$', 'a' * 64 + 'b')";
     let huge = "n = 10 ** (10 ** 9)";
     let tests = ["pass"];
-    let (ignoring, swallowing, sleeping, endless, backtracking, huge) = tokio::join!(
+    let (ignoring, swallowing, swallowing_early, sleeping, endless, backtracking, huge) = tokio::join!(
         run(&pool, &ignoring, &tests),
         run(&pool, swallowing, &tests),
+        run(&pool, &swallowing_early, &tests),
         run(&pool, &sleeping, &tests),
         run(&pool, endless, &tests),
         run(&pool, backtracking, &tests),
         run(&pool, huge, &tests),
     );
-    for (name, found) in [("ignoring", ignoring), ("swallowing", swallowing)] {
+    for (name, found) in [("ignoring", ignoring), ("swallowing", swallowing), ("swallowing early", swallowing_early)] {
         assert!(matches!(&found, Err(EvaluatorError::Undecidable { .. })), "{name}: {found:?}");
     }
     for found in [sleeping, endless] {

@@ -1,8 +1,8 @@
 //! Positive controls: without the layers that hold it, each attack reaches its goal, against what is planted and inside of
 //! throwaway namespaces where those are not what holds it.
 
-use grail_environments::EvaluatorError;
 use grail_environments::sandbox::Layer;
+use grail_environments::{Evaluator, EvaluatorError};
 
 use super::attacks::{ESCAPE, Planted, SECRET, guarded};
 use super::support::{
@@ -111,5 +111,43 @@ async fn a_pool_without_enough_layers_is_refused_unless_that_is_accepted() {
     assert_healthy(&pool).await;
     let helper = until(&mut pool.program_states(), |state| state.is_ready).await.pid.expect("a process");
     assert!(!session_members(helper).is_empty());
+    assert_leaves_nothing(pool).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_answers_what_it_has_no_interpreters_for() {
+    let programs = super::support::start(super::support::config(1, 0)).await;
+    let formulas = super::support::start(super::support::config(0, 1)).await;
+    let of = |found: EvaluatorError| match found {
+        EvaluatorError::Sandbox { detail, .. } => detail,
+        other => panic!("{other}"),
+    };
+    let ask = tokio::time::timeout(super::support::LONG, programs.are_equal("x", "y"));
+    let reason = of(ask.await.expect("an answer").unwrap_err());
+    assert_eq!(reason, "this pool was started without interpreters for formulas");
+    let reason = of(run(&formulas, "x = 1", &["pass"]).await.unwrap_err());
+    assert_eq!(reason, "this pool was started without interpreters for programs");
+    assert_leaves_nothing(programs).await;
+    assert_leaves_nothing(formulas).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn interpreters_give_way_within_their_session_and_as_a_session() {
+    let mut config = super::support::config(1, 0);
+    config.nice = 7;
+    let pool = super::support::start(config).await;
+    let helper = until(&mut pool.program_states(), |state| state.is_ready).await.pid.expect("a process");
+    let interpreter = interpreter(helper, pool.layers()).expect("an interpreter");
+    let own = std::fs::read_to_string("/proc/self/stat").expect("a process");
+    let nice = |stat: &str| -> i32 {
+        let (_, rest) = stat.rsplit_once(')').expect("a name");
+        rest.split_ascii_whitespace().nth(16).expect("a field").parse().expect("a number")
+    };
+    let found = std::fs::read_to_string(format!("/proc/{interpreter}/stat")).expect("a process");
+    assert_eq!(nice(&found), (nice(&own) + 7).min(19));
+    match std::fs::read_to_string(format!("/proc/{helper}/autogroup")) {
+        Ok(group) => assert!(group.trim_end().ends_with("nice 7"), "{group}"),
+        Err(error) => println!("skipped: this kernel does not group processes by session: {error}"),
+    }
     assert_leaves_nothing(pool).await;
 }

@@ -8,4 +8,5 @@ mod controls;
 mod faults;
 mod formulas;
 mod programs;
+mod setup;
 mod support;
