@@ -85,9 +85,6 @@ impl Context {
         let folder = path.parent().unwrap_or(Path::new(""));
         context.model_dir = folder.join(&context.model_dir);
         context.dataset_rows = context.dataset_rows.map(|rows| folder.join(rows));
-        if let Some(rows) = context.dataset_rows.as_ref().filter(|rows| !rows.exists()) {
-            return Err(ContextError::Rows { path: path.to_owned(), rows: rows.clone() });
-        }
         Ok(context)
     }
 
@@ -103,6 +100,17 @@ impl Context {
     #[must_use]
     pub fn split(&self) -> Option<&str> {
         self.env_params.get("split").and_then(serde_json::Value::as_str).or(self.env_split.as_deref())
+    }
+}
+
+/// Refuses a context with rows that are not there.
+///
+/// # Errors
+/// [`ContextError::Rows`] names them.
+pub fn check_rows(context: &Context, path: &Path) -> Result<(), ContextError> {
+    match context.dataset_rows.as_ref().filter(|rows| !rows.exists()) {
+        Some(rows) => Err(ContextError::Rows { path: path.to_owned(), rows: rows.clone() }),
+        None => Ok(()),
     }
 }
 

@@ -117,6 +117,7 @@ impl Verification {
     /// [`VerifyError`] if a named file cannot be used or contradicts the context.
     pub async fn open(context: Context, context_path: &Path, sources: &mut RowSources) -> Result<Self, VerifyError> {
         let dtype = context::dtype_of(&context, context_path)?;
+        context::check_rows(&context, context_path)?;
         let model_dir = context.model_dir.clone();
         let files = tokio::task::spawn_blocking(move || CheckpointFiles::read(&model_dir)).await??;
         let environment: EnvironmentId = context.env_id.parse()?;
