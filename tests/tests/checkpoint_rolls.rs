@@ -1,7 +1,5 @@
 //! Rolls from checkpoint to checkpoint with the real binaries, and what may go wrong with them. The test is the trainer.
 
-#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise, also in its helpers")]
-
 use std::collections::BTreeSet;
 
 use grail_checkpoint::Tree;
