@@ -123,6 +123,9 @@ pub struct ReadyCheckpoint {
     pub changes: Vec<ChangeSet>,
 }
 
+/// Longest time in which the metadata of a checkpoint that is here is read again: nothing waits for more.
+const REREAD_LIMIT: Duration = Duration::from_secs(5);
+
 /// Checkpoints that are remembered with all that was read of them.
 const REMEMBERED: usize = 4;
 
@@ -202,7 +205,10 @@ impl Checkpoints {
         let _turn = self.0.turn.lock().await;
         let ready = self.known().ready.get(&checkpoint).cloned();
         // One that nobody needed for a while may have left the cache.
-        if let Some(ready) = ready.filter(|_| self.hold(checkpoint)) {
+        if let Some(ready) = ready
+            && self.hold(checkpoint).await
+            && self.is_kept(&ready).await
+        {
             return Ok(ready);
         }
         let ready = Arc::new(self.prepare(checkpoint).await?);
@@ -215,6 +221,30 @@ impl Checkpoints {
             known.ready.remove(&oldest);
         }
         Ok(ready)
+    }
+
+    /// Whether a checkpoint that is here is still what the trainer publishes, or has to stay because it is mined with: validators
+    /// that run keep the version that they began with. One that was only fetched ahead is to be fetched anew.
+    async fn is_kept(&self, ready: &ReadyCheckpoint) -> bool {
+        let checkpoint = ready.installed.window;
+        let notice = match tokio::time::timeout(REREAD_LIMIT, self.0.store.published(checkpoint)).await {
+            Ok(Ok(published)) => ready.installed.republished(&published),
+            Ok(Err(error)) => {
+                tracing::debug!(%checkpoint, error = with_causes(&error), "The metadata was not read again.");
+                None
+            }
+            Err(_) => None,
+        };
+        let Some(notice) = notice else { return true };
+        let mut known = self.known();
+        if known.active == Some(checkpoint) {
+            tracing::warn!(%checkpoint, notice = %notice, "The checkpoint in use is not what is published now.");
+            return true;
+        }
+        // The installation says what it makes of that; a folder that is held would stay.
+        known.held.remove(&checkpoint);
+        known.ready.remove(&checkpoint);
+        false
     }
 
     /// Ends when a window begins, from now on, to wait for another checkpoint than `checkpoint`.
@@ -237,14 +267,14 @@ impl Checkpoints {
     }
 
     /// Notes what is mined with from now on. What was in use before stays held until [`Checkpoints::let_go`].
-    pub fn activate(&self, checkpoint: CheckpointWindow) {
+    pub async fn activate(&self, checkpoint: CheckpointWindow) {
         let in_use = {
             let mut known = self.known();
             known.active = Some(checkpoint);
             known.in_use()
         };
         for window in &in_use {
-            self.hold(*window);
+            self.hold(*window).await;
         }
     }
 
@@ -279,7 +309,10 @@ impl Checkpoints {
 
     /// Installs into the cache. A full disk gets all the room that checkpoints take which nobody uses.
     async fn install(&self, published: &grail_checkpoint::Published) -> Result<Installed, InstallError> {
-        let wanted = Wanted { prefer_base: self.known().active, ..Wanted::default() };
+        let active = self.known().active;
+        let in_use = active == Some(published.window);
+        // The trainer's key comes with the chain; until then its signatures are not checked, as no validator checks them.
+        let wanted = Wanted { prefer_base: active, in_use, ..Wanted::default() };
         match self.0.cache.install(&self.0.store, published, &wanted).await {
             Err(error) if error.is_disk_full() => {
                 tracing::warn!(checkpoint = %published.window, error = with_causes(&error),
@@ -309,8 +342,8 @@ impl Checkpoints {
     }
 
     /// Keeps the folder of a checkpoint, until others are in use. Whether there is one.
-    fn hold(&self, checkpoint: CheckpointWindow) -> bool {
-        match self.0.cache.hold(checkpoint) {
+    async fn hold(&self, checkpoint: CheckpointWindow) -> bool {
+        match self.0.cache.hold(checkpoint).await {
             Ok(Some(hold)) => {
                 self.known().held.insert(checkpoint, hold);
                 true
@@ -335,7 +368,7 @@ impl Checkpoints {
             .install(&published)
             .await
             .map_err(|source| CheckpointError::Install { checkpoint, source: Box::new(source) })?;
-        self.hold(checkpoint);
+        self.hold(checkpoint).await;
         let folder = installed.folder.clone();
         let files = tokio::task::spawn_blocking(move || CheckpointFiles::read(&folder))
             .await
@@ -394,9 +427,10 @@ struct Lookout {
 const LAST_LOOK_LIMIT: Duration = Duration::from_secs(5);
 
 impl Lookout {
-    /// The answer of a complete listing, if it is another one.
-    fn other_in(&self, listing: &Listing) -> Option<CheckpointWindow> {
-        let choice = listing.resolve(self.window)?;
+    /// The answer of the last complete listing, if it is another one.
+    fn other_known(&self) -> Option<CheckpointWindow> {
+        let last = self.checkpoints.0.listing.borrow().as_ref().map(|(_, listing)| listing.clone());
+        let choice = last?.resolve(self.window)?;
         (choice.checkpoint != self.checkpoint).then_some(choice.checkpoint)
     }
 }
@@ -406,8 +440,8 @@ impl CheckpointRule for Lookout {
         async move {
             let mut listings = self.checkpoints.0.listing.subscribe();
             loop {
-                let other = listings.borrow_and_update().as_ref().and_then(|(_, listing)| self.other_in(listing));
-                if let Some(other) = other {
+                listings.borrow_and_update();
+                if let Some(other) = self.other_known() {
                     return other;
                 }
                 if listings.changed().await.is_err() {
@@ -421,17 +455,16 @@ impl CheckpointRule for Lookout {
     fn look(&self) -> BoxFuture<'_, Option<CheckpointWindow>> {
         async move {
             match tokio::time::timeout(LAST_LOOK_LIMIT, self.checkpoints.list()).await {
-                Ok(Ok(listing)) => self.other_in(&listing),
-                // The answer of a complete listing from within the window stands.
+                Ok(Ok(_)) => {}
+                // The answer of the last complete listing stands, whoever asked for it.
                 Ok(Err(error)) => {
                     tracing::warn!(window = %self.window, error = with_causes(&error), "No last look at the checkpoints.");
-                    None
                 }
                 Err(_) => {
                     tracing::warn!(window = %self.window, limit = ?LAST_LOOK_LIMIT, "No last look at the checkpoints.");
-                    None
                 }
             }
+            self.other_known()
         }
         .boxed()
     }

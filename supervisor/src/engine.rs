@@ -176,7 +176,7 @@ impl Engine {
         let filled = self.fill(&mut running, stop, fleet).await;
         let given_up = running.given_up.take();
         if running.superseded.is_none() && !running.groups.is_empty() {
-            running.superseded = running.parts.rule.look().await;
+            running.superseded = self.last_look(&running.parts).await;
         }
         if let Some(by) = running.superseded {
             filled?;
@@ -192,6 +192,19 @@ impl Engine {
             Some(GivenUp::Server) => Err(EngineError::NoServer),
             Some(GivenUp::Fleet(error)) => Err(EngineError::Fleet(error)),
             None => Ok(outcome),
+        }
+    }
+
+    /// Another checkpoint that the rule names now, as far as the upload leaves time to ask.
+    async fn last_look(&self, parts: &WindowParts) -> Option<CheckpointWindow> {
+        let reserve = Duration::from_secs_f64(self.gate.upload_seconds().max(0.0));
+        let latest = self.clock.instant_of(parts.plan.deadline - reserve);
+        match tokio::time::timeout_at(latest, parts.rule.look()).await {
+            Ok(other) => other,
+            Err(_) => {
+                tracing::warn!(window = %parts.plan.window, "No time for a last look at the checkpoints.");
+                None
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use grail_environments::{Environment, EnvironmentId, Split, ThinkingMode};
@@ -82,6 +83,30 @@ pub struct Summary {
     pub skipped: usize,
 }
 
+/// The window that is not mined although its time has come, and why: its verdict, if it stays so until it is over.
+#[derive(Debug, Default)]
+struct Unmined(Option<(WindowStart, String)>);
+
+impl Unmined {
+    /// Notes why `window` is not mined yet. Whether that is news.
+    fn note(&mut self, window: WindowStart, reason: String) -> bool {
+        let noted = Some((window, reason));
+        let is_news = self.0 != noted;
+        self.0 = noted;
+        is_news
+    }
+
+    /// Whether something is noted of `window`.
+    fn is_of(&self, window: WindowStart) -> bool {
+        self.0.as_ref().is_some_and(|(noted, _)| *noted == window)
+    }
+
+    /// The window that was noted, if `current` is another one.
+    fn over(&mut self, current: WindowStart) -> Option<(WindowStart, String)> {
+        self.0.take_if(|(window, _)| *window != current)
+    }
+}
+
 /// Everything that mines.
 #[derive(Debug)]
 pub struct Miner {
@@ -109,19 +134,22 @@ impl Miner {
             warm = self.warm_up(done) => warm?,
             () = stop.stopping() => {}
         }
-        let mut failed: Option<(WindowStart, String)> = None;
+        let mut unmined = Unmined::default();
         while windows.is_none_or(|windows| summary.uploaded.len() < windows) {
             let Some(head) = self.next_window(done, &stop).await? else { break };
             let window = WindowStart::containing(head.block);
-            if failed.as_ref().is_some_and(|(of, _)| *of != window) {
-                self.give_up(failed.take(), &mut summary);
-            }
+            self.give_up(unmined.over(window), &mut summary);
+            let has_checkpoint = AtomicBool::new(false);
             let over = window_over(self.chain.clone(), window);
             let prepared = tokio::select! {
-                prepared = self.prepare(window, head) => prepared,
+                prepared = self.prepare(window, head, &has_checkpoint) => prepared,
                 () = stop.now.cancelled() => break,
                 () = over => {
-                    failed = Some((window, "its checkpoint was not here before the window was over".to_owned()));
+                    let late = if has_checkpoint.load(Ordering::Relaxed) { "environment" } else { "checkpoint" };
+                    // What was said before of this window is nearer to the cause.
+                    if !unmined.is_of(window) {
+                        unmined.note(window, format!("its {late} was not here before the window was over"));
+                    }
                     continue;
                 }
             };
@@ -130,10 +158,9 @@ impl Miner {
                 Err(NotBegun::Fatal(error)) => return Err(error),
                 Err(NotBegun::Skipped(reason)) => {
                     let reason = with_causes(&reason);
-                    if failed.is_none() {
+                    if unmined.note(window, reason.clone()) {
                         tracing::warn!(%window, reason, "The window cannot begin yet; trying again while it lasts.");
                     }
-                    failed = Some((window, reason));
                     tokio::select! {
                         () = tokio::time::sleep(self.chain.nominal_block_time()) => {}
                         () = stop.stopping() => break,
@@ -141,9 +168,9 @@ impl Miner {
                     continue;
                 }
             };
-            failed = None;
+            unmined = Unmined::default();
             let before = done.replace(window);
-            self.checkpoints.activate(checkpoint.installed.window);
+            self.checkpoints.activate(checkpoint.installed.window).await;
             let fleet = self.fleet.roll(&checkpoint);
             let outcome = match self.engine.run_window(parts, &stop, fleet).await {
                 Err(EngineError::Spool(error @ SpoolError::OtherWindow { .. })) => {
@@ -161,16 +188,19 @@ impl Miner {
                 }
                 Outcome::Lost { .. } => summary.lost += 1,
                 // The same window once more, with the checkpoint that is its own.
-                Outcome::Superseded { .. } => done = before,
+                Outcome::Superseded { by, .. } => {
+                    done = before;
+                    unmined.note(window, format!("it was over before it could begin anew with checkpoint {by}"));
+                }
             }
             self.checkpoints.let_go();
         }
-        self.give_up(failed, &mut summary);
+        self.give_up(unmined.0, &mut summary);
         Ok(summary)
     }
 
-    fn give_up(&mut self, failed: Option<(WindowStart, String)>, summary: &mut Summary) {
-        if let Some((window, reason)) = failed {
+    fn give_up(&mut self, unmined: Option<(WindowStart, String)>, summary: &mut Summary) {
+        if let Some((window, reason)) = unmined {
             self.skip(window, reason);
             summary.skipped += 1;
         }
@@ -193,7 +223,7 @@ impl Miner {
             }
             Err(error) => return Err(MineError::FirstCheckpoint(error)),
         };
-        self.checkpoints.activate(checkpoint.installed.window);
+        self.checkpoints.activate(checkpoint.installed.window).await;
         let environments = self.environments.clone();
         let environment = async { environments.open_of(&checkpoint.policy).await.map_err(MineError::FirstEnvironment) };
         let fleet = async { Ok(self.fleet.roll(&checkpoint).await?) };
@@ -245,8 +275,10 @@ impl Miner {
         &mut self,
         window: WindowStart,
         head: Head,
+        has_checkpoint: &AtomicBool,
     ) -> Result<(Arc<WindowParts>, Arc<ReadyCheckpoint>), NotBegun> {
         let checkpoint = self.checkpoints.for_window(window).await?;
+        has_checkpoint.store(true, Ordering::Relaxed);
         let plan = self.plan(window, head, &checkpoint).await?;
         // What was judged before a crash goes out whether or not anything can be judged now.
         let environment = if self.has_spooled(window) {
@@ -351,4 +383,22 @@ async fn window_over(chain: Arc<dyn Chain>, window: WindowStart) {
 
 fn fatal(error: impl Into<MineError>) -> NotBegun {
     NotBegun::Fatal(error.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_reason_is_the_verdict_of_a_window_that_is_over() {
+        let window = |start| WindowStart::try_from(start).unwrap();
+        let mut unmined = Unmined::default();
+        assert!(unmined.note(window(3_000), "first".to_owned()));
+        assert!(!unmined.note(window(3_000), "first".to_owned()), "said once");
+        assert!(unmined.is_of(window(3_000)) && !unmined.is_of(window(3_030)));
+        assert!(unmined.note(window(3_000), "second".to_owned()));
+        assert_eq!(unmined.over(window(3_000)), None);
+        assert_eq!(unmined.over(window(3_030)), Some((window(3_000), "second".to_owned())));
+        assert_eq!(unmined.over(window(3_060)), None, "once");
+    }
 }

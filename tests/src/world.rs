@@ -82,6 +82,16 @@ impl World {
         std::fs::write(self.state.join("chain.json"), chain.to_string()).unwrap();
     }
 
+    /// Waits until the chain of a miner that was started has made `block`.
+    pub fn wait_for_block(&self, block: u64) {
+        let chain = std::fs::read(self.state.join("chain.json")).unwrap();
+        let chain: Value = serde_json::from_slice(&chain).unwrap();
+        let number = |name: &str| chain[name].as_u64().unwrap();
+        let since_genesis = (block - number("genesis_block")) * number("block_ms");
+        let due = UNIX_EPOCH + Duration::from_millis(number("genesis_unix_ms") + since_genesis);
+        wait_until("a block is made", || SystemTime::now() >= due);
+    }
+
     /// Sets a variable for miners that are started from here on.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl Into<String>) -> Self {

@@ -1,107 +1,13 @@
 //! Rolls from checkpoint to checkpoint with the real binaries, and what may go wrong with them. The test is the trainer.
 
-#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise, also in its helpers")]
-
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use grail_checkpoint::{CheckpointStore, DeltaFormat, DeltaInput, MetadataInput, publish_delta, publish_full};
+use grail_checkpoint::Tree;
 use grail_protocol::ids::CheckpointWindow;
-use grail_protocol::window_file;
-use grail_supervisor::demo::Demo;
-use grail_tests::binaries::Run;
+use grail_tests::trainer::{BEFORE, DURING, FIRST, Trainer, finish, uploaded_with};
 use grail_tests::waiting::wait_until;
 use grail_tests::world::World;
-use object_store::local::LocalFileSystem;
 use serde_json::Value;
-
-const FIRST: CheckpointWindow = CheckpointWindow(2_940);
-/// Ready before the first window begins.
-const BEFORE: u64 = 2_970;
-/// Ready in the first window.
-const DURING: u64 = 3_000;
-
-/// The store of a world, and its trainer.
-struct Trainer {
-    folder: PathBuf,
-    store: CheckpointStore,
-    demo: Demo,
-    runtime: tokio::runtime::Runtime,
-}
-
-impl Trainer {
-    fn of(world: &World) -> Self {
-        let folder = world.state.join("store");
-        std::fs::create_dir_all(&folder).unwrap();
-        let objects = LocalFileSystem::new_with_prefix(&folder).unwrap();
-        let store = CheckpointStore::new(Arc::new(objects));
-        let demo = Demo::unpack(&world.folder.path().join("demo")).unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        Self { folder, store, demo, runtime }
-    }
-
-    fn input(&self) -> MetadataInput {
-        MetadataInput {
-            model_name: self.demo.metadata.model_name.clone(),
-            env_id: self.demo.metadata.env_id.clone(),
-            env_params: self.demo.metadata.env_params.clone(),
-            generation: self.demo.generation,
-            thinking_mode: self.demo.metadata.thinking_mode,
-            parent_window: None,
-            training_config: serde_json::Map::new(),
-            git_commit: "test".to_owned(),
-            created_at: 0.0,
-        }
-    }
-
-    fn full(&self, window: CheckpointWindow, folder: &Path, ready: u64) {
-        self.runtime.block_on(publish_full(&self.store, window, folder, &self.input(), ready)).unwrap();
-    }
-
-    fn first(&self) {
-        self.full(FIRST, &self.demo.first, BEFORE);
-    }
-
-    /// From the first demo checkpoint to the second, or back.
-    fn delta(&self, window: CheckpointWindow, base_window: CheckpointWindow, ready: u64) {
-        let (first, second) = (&*self.demo.first, &*self.demo.second);
-        let (base_folder, folder) = if base_window == FIRST { (first, second) } else { (second, first) };
-        let delta = DeltaInput {
-            window,
-            folder,
-            base_window,
-            base_folder,
-            anchor: None,
-            format: DeltaFormat::V31,
-            ready: Some(ready),
-        };
-        self.runtime.block_on(publish_delta(&self.store, &delta, &self.input())).unwrap();
-    }
-
-    fn object(&self, window: CheckpointWindow, name: &str) -> PathBuf {
-        self.folder.join(format!("grail/checkpoints/checkpoint-{window}/{name}"))
-    }
-}
-
-/// The checkpoints named in the window files of a world's store.
-fn uploaded_with(world: &World) -> Vec<BTreeSet<u64>> {
-    let read = |event: &Value| {
-        let file = std::fs::read(world.state.join("store").join(event["key"].as_str().unwrap())).unwrap();
-        let file = window_file::read_bytes(file).unwrap();
-        file.rows.iter().map(|row| u64::try_from(row.checkpoint_window.unwrap()).unwrap()).collect()
-    };
-    world.of_kind("window_uploaded").iter().map(read).collect()
-}
-
-fn finish(world: &World, run: Run) -> String {
-    let mined = run.wait();
-    assert_eq!(mined.code, Some(0), "{mined:#?}");
-    let verified = world.ask(&["verify", "--local"]);
-    assert_eq!(verified.code, Some(0), "{verified:#?}");
-    world.assert_nothing_left();
-    mined.stderr
-}
 
 #[test]
 fn a_server_that_keeps_old_weights_is_found_before_any_group_is_spooled() {
@@ -150,7 +56,7 @@ fn a_damaged_delta_skips_the_window_until_there_is_another_way() {
     wait_until("the first window is mined", || world.count("window_started") == 1);
     let damaged = CheckpointWindow(DURING);
     trainer.delta(damaged, FIRST, DURING);
-    let payload = trainer.object(damaged, "DELTA/delta_sparse.bin.zst");
+    let payload = trainer.object(damaged, Tree::Delta, "delta_sparse.bin.zst");
     let mut bytes = std::fs::read(&payload).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
@@ -190,9 +96,7 @@ fn a_marker_without_files_skips_the_window_and_says_why() {
     trainer.first();
     let run = world.mine(&["--no-trainer", "--windows", "2", "--max-groups", "4"]);
     wait_until("the first window is mined", || world.count("window_started") == 1);
-    let hollow = trainer.object(CheckpointWindow(DURING), &format!("READY-{DURING}"));
-    std::fs::create_dir_all(hollow.parent().unwrap()).unwrap();
-    std::fs::write(&hollow, "").unwrap();
+    trainer.ready(CheckpointWindow(DURING), DURING);
     wait_until("a window is skipped", || world.count("window_skipped") == 1);
     let skipped = world.of_kind("window_skipped").remove(0);
     assert_eq!(skipped["window"], 3_030);
@@ -229,14 +133,35 @@ fn an_operator_has_the_checkpoint_read_again() {
 }
 
 #[test]
+fn a_worker_that_cannot_read_its_checkpoint_again_proves_on() {
+    let world = World::in_a_window();
+    let run = world.mine(&["--max-groups", "300"]);
+    world.wait_for_groups(1);
+    let weights = world.state.join(format!("checkpoints/checkpoint-{FIRST}/model.safetensors"));
+    let aside = weights.with_extension("aside");
+    std::fs::rename(&weights, &aside).unwrap();
+    std::fs::write(&weights, "damaged").unwrap();
+    let before = world.ask_json(&["status"]);
+    let of_the_slot = || world.of_kind("group_spooled").iter().filter(|group| group["slot"] == 0).count();
+    let proved = of_the_slot();
+    assert_eq!(world.ask_json(&["reload-checkpoint", "0"])["accepted"], true);
+    // More than it may have had before it was told to.
+    wait_until("the slot proves on", || of_the_slot() >= proved + 4);
+    std::fs::rename(&aside, &weights).unwrap();
+    let after = world.ask_json(&["status"]);
+    assert_eq!(before["slots"][0]["pid"], after["slots"][0]["pid"], "its process was not replaced");
+    assert_eq!(world.ask_json(&["stop"])["gone"], true);
+    let log = finish(&world, run);
+    assert_eq!(log.matches("A worker cannot read its checkpoint again").count(), 1, "{log}");
+    world.assert_uploaded_whole();
+}
+
+#[test]
 fn a_first_checkpoint_that_does_not_say_how_to_mine_skips_its_windows() {
     let world = World::with_short_windows();
     let trainer = Trainer::of(&world);
     trainer.first();
-    let metadata = trainer.object(FIRST, "FULL/metadata.json");
-    let mut document: Value = serde_json::from_slice(&std::fs::read(&metadata).unwrap()).unwrap();
-    document["generation_params"]["temperature"] = 9.into();
-    std::fs::write(&metadata, document.to_string()).unwrap();
+    trainer.edit(FIRST, Tree::Full, |document| document["generation_params"]["temperature"] = 9.into());
     let run = world.mine(&["--no-trainer", "--windows", "1", "--max-groups", "4"]);
     wait_until("a window is skipped", || world.count("window_skipped") == 1);
     let skipped = world.of_kind("window_skipped").remove(0);

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use grail_protocol::ids::{CheckpointWindow, WeightsHash};
 
+use crate::blocking::Interest;
 use crate::layout::{Tree, folder_name, parse_folder_name};
 use crate::manifest::FolderDefect;
 use crate::metadata::{FilesDefect, Metadata, MetadataError};
@@ -48,6 +49,8 @@ pub enum CacheError {
     },
     #[error("another process has held {} for {waited_s} s: let it finish its download, or end it", path.display())]
     Locked { path: PathBuf, waited_s: u64 },
+    #[error("this process ends and begins nothing more")]
+    Ending,
 }
 
 impl CacheError {
@@ -179,11 +182,16 @@ impl CheckpointCache {
     /// Reads a checkpoint's folder and verifies every file of its manifest. Blocking: reads all weights once.
     #[must_use]
     pub fn inspect(&self, window: CheckpointWindow) -> Entry {
+        self.inspect_while(window, &Interest::default())
+    }
+
+    /// The same, given up once nobody waits for it; what it then says is not to be believed.
+    pub(crate) fn inspect_while(&self, window: CheckpointWindow, interest: &Interest) -> Entry {
         let folder = self.folder(window);
         if !folder.exists() {
             return Entry::Absent;
         }
-        match record::verify(&folder, window) {
+        match record::verify(&folder, window, interest) {
             Ok(installed) => Entry::Installed(Box::new(installed)),
             Err(damage) => Entry::Damaged(damage),
         }

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 
 use futures::{StreamExt, TryStreamExt, stream};
 
+use crate::blocking::blocking;
 use crate::cache::{CacheError, CheckpointCache};
 use crate::durable;
 use crate::install::InstallError;
 use crate::layout::object_key;
-use crate::manifest::{FileDefect, FolderDefect, Sha256Digest, hash_file};
+use crate::manifest::{FileDefect, FolderDefect, Sha256Digest, hash_file_while};
 use crate::metadata::Metadata;
 use crate::progress::{FileMeter, Meter};
 use crate::store::{CheckpointStore, StoreError, ledger};
@@ -95,9 +96,8 @@ async fn is_here(target: &Path, expected: Sha256Digest, meter: &FileMeter<'_>) -
         return Ok(false);
     }
     let path = target.to_path_buf();
-    let hashed = tokio::task::spawn_blocking(move || hash_file(&path)).await;
     let io = |source| CacheError::io(target, source);
-    let (bytes, found) = hashed.unwrap_or_else(|panic| Err(std::io::Error::other(panic))).map_err(io)?;
+    let (bytes, found) = blocking(move |interest| hash_file_while(&path, interest)).await?.map_err(io)?;
     if found == expected {
         meter.add(bytes);
         return Ok(true);

@@ -11,6 +11,7 @@ use std::time::Instant;
 use grail_protocol::ids::CheckpointWindow;
 use nix::sys::statvfs::statvfs;
 
+use crate::blocking::blocking;
 use crate::cache::{
     CacheError, CheckpointCache, Entry, Installed, MadeFrom, Notice, PartialFolder, Record, published_hash,
 };
@@ -95,7 +96,7 @@ impl CheckpointCache {
             tracing::info!(path = %path.display(), "Removed an unfinished checkpoint folder.");
         }
         let mut notices = Vec::new();
-        if let Some(mut installed) = self.cached(published, wanted, &mut notices).await {
+        if let Some(mut installed) = self.cached(published, wanted, &mut notices).await? {
             tracing::info!(checkpoint = %window, weights = %installed.weights_hash, "Checkpoint is in the cache.");
             installed.notices = report(window, notices);
             return Ok(installed);
@@ -126,26 +127,30 @@ impl CheckpointCache {
     }
 
     /// The cached folder, if it is sound and still what is published, or if it has to stay all the same.
-    async fn cached(&self, published: &Published, wanted: &Wanted, notices: &mut Vec<Notice>) -> Option<Installed> {
+    async fn cached(
+        &self,
+        published: &Published,
+        wanted: &Wanted,
+        notices: &mut Vec<Notice>,
+    ) -> Result<Option<Installed>, CacheError> {
         let window = published.window;
         let cache = self.clone();
-        let entry = tokio::task::spawn_blocking(move || cache.inspect(window)).await;
-        let installed = match entry.expect("the inspection does not panic") {
-            Entry::Absent => return None,
+        let installed = match blocking(move |interest| cache.inspect_while(window, interest)).await? {
+            Entry::Absent => return Ok(None),
             Entry::Damaged(damage) => {
                 tracing::warn!(checkpoint = %window, error = &damage as &dyn std::error::Error,
                     "Cached checkpoint is not used and will be fetched again.");
-                return None;
+                return Ok(None);
             }
             Entry::Installed(installed) => *installed,
         };
-        let Some((was, now)) = republished(&installed, published) else { return Some(installed) };
+        let Some((was, now)) = republished(&installed, published) else { return Ok(Some(installed)) };
         if wanted.in_use || self.is_held(window) {
             notices.push(Notice::RepublishedKept { was, now });
-            return Some(installed);
+            return Ok(Some(installed));
         }
         notices.push(Notice::RepublishedTaken { was, now });
-        None
+        Ok(None)
     }
 
     fn finish(&self, made: Made) -> Result<Installed, InstallError> {
@@ -204,7 +209,7 @@ impl Job<'_> {
                 self.mirror(&fetcher, &base, target, route).await?
             }
             (Base::Cached(window), target) => {
-                let base = self.cached_base(*window)?;
+                let base = self.cached_base(*window).await?;
                 let target = target.expect("a way from a cached checkpoint has deltas");
                 self.mirror(&fetcher, &base, target, route).await?
             }
@@ -222,22 +227,22 @@ impl Job<'_> {
         let manifest: Manifest = required(full)?;
         let published = full.clone();
         let weights = folder.clone();
-        let record = tokio::task::spawn_blocking(move || Record::compute(&weights, &published)).await;
-        let record =
-            record.expect("hashing does not panic").map_err(|source| InstallError::Weights { window, source })?;
+        let record = blocking(move |interest| Record::compute(&weights, &published, interest)).await?;
+        let record = record.map_err(|source| InstallError::Weights { window, source })?;
         let record = Record { made_from: MadeFrom::Full, changes: None, ..record };
         let metadata = write_document(&folder, full, &record, &manifest)?;
         Ok(Made { partial: self.cache.adopt(&folder, window)?, metadata, record })
     }
 
-    /// Room for what is fetched, and for a second copy of the weights where deltas are applied.
+    /// Room for what is still to be fetched, and for a second copy of the weights where deltas are applied.
     fn require_space(&self, route: &Route) -> Result<(), InstallError> {
         let copy = match (&route.base, route.deltas.is_empty()) {
             (_, true) => 0,
             (Base::Full(_), false) => route.bytes,
             (Base::Cached(window), false) => build::weights_bytes(&self.cache.folder(*window)),
         };
-        let needed = route.bytes.saturating_add(copy);
+        let here: u64 = route.trees().map(|(window, tree)| self.cache.downloaded_bytes(window, tree)).sum();
+        let needed = route.bytes.saturating_sub(here).saturating_add(copy);
         let fetched: BTreeSet<CheckpointWindow> = route.fetched().collect();
         match self.cache.require_space(self.window, needed) {
             Err(InstallError::NoSpace { .. }) => {
@@ -268,6 +273,15 @@ impl Job<'_> {
             }
         }
         notices
+    }
+}
+
+impl Installed {
+    /// What the trainer has published under this checkpoint since it was installed, if that is something else: the notice that
+    /// the first version is kept.
+    #[must_use]
+    pub fn republished(&self, published: &Published) -> Option<Notice> {
+        republished(self, published).map(|(was, now)| Notice::RepublishedKept { was, now })
     }
 }
 

@@ -13,6 +13,7 @@
 //!
 //! Nothing here holds weights in memory: objects stream to disk while they are hashed, with a cap per object.
 
+mod blocking;
 pub mod cache;
 pub mod delta;
 pub mod durable;

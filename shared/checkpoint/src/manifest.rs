@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use crate::blocking::Interest;
 use crate::layout::{METADATA_FILE, SIGNATURE_FILE};
 
 /// Bytes read at once while a file is hashed.
@@ -127,6 +128,10 @@ impl Manifest {
     /// # Errors
     /// The first defect in the order of the paths.
     pub fn verify_folder(&self, folder: &Path) -> Result<(), FolderDefect> {
+        self.verify_folder_while(folder, &Interest::default())
+    }
+
+    pub(crate) fn verify_folder_while(&self, folder: &Path, interest: &Interest) -> Result<(), FolderDefect> {
         let files: Vec<_> = self.required().collect();
         let next = AtomicUsize::new(0);
         let defects = Mutex::new(BTreeMap::new());
@@ -136,7 +141,7 @@ impl Manifest {
             for _ in 0..threads {
                 scope.spawn(|| {
                     while let Some((path, expected)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        if let Err(defect) = check_file(&folder.join(path), *expected) {
+                        if let Err(defect) = check_file(&folder.join(path), *expected, interest) {
                             defects.lock().expect("no thread panics while it holds this lock").insert(*path, defect);
                         }
                     }
@@ -165,11 +170,16 @@ pub fn is_rewritten(path: &str) -> bool {
 /// # Errors
 /// What the file system says.
 pub fn hash_file(path: &Path) -> io::Result<(u64, Sha256Digest)> {
+    hash_file_while(path, &Interest::default())
+}
+
+pub(crate) fn hash_file_while(path: &Path, interest: &Interest) -> io::Result<(u64, Sha256Digest)> {
     let mut file = File::open(path)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; READ_BYTES];
     let mut bytes = 0_u64;
     loop {
+        interest.check()?;
         let read = file.read(&mut buffer)?;
         if read == 0 {
             return Ok((bytes, Sha256Digest(hash.finalize().into())));
@@ -179,8 +189,8 @@ pub fn hash_file(path: &Path) -> io::Result<(u64, Sha256Digest)> {
     }
 }
 
-fn check_file(path: &Path, expected: Sha256Digest) -> Result<(), FileDefect> {
-    match hash_file(path) {
+fn check_file(path: &Path, expected: Sha256Digest, interest: &Interest) -> Result<(), FileDefect> {
+    match hash_file_while(path, interest) {
         Ok((_, found)) if found == expected => Ok(()),
         Ok((bytes, found)) => Err(FileDefect::Hash { expected, found, bytes }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Err(FileDefect::Missing),

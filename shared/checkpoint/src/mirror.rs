@@ -27,7 +27,7 @@ use change_set::{ChangeError, ChangeWriter, TensorChanges};
 use pipeline::{Feed, Part, Stopped, Written};
 
 use crate::delta::{Delta, DeltaError};
-use crate::manifest::{Sha256Digest, hash_file};
+use crate::manifest::{Sha256Digest, hash_file_while};
 use crate::weights::{SINGLE_FILE, TensorPlace, WeightsError, WeightsFiles};
 
 /// Key of a local metadata document under which [`checksums_to_json`] goes.
@@ -108,6 +108,7 @@ pub struct Mirror {
 /// [`MirrorError`]; the caller removes the folder.
 pub fn build(plan: &MirrorPlan<'_>) -> Result<Mirror, MirrorError> {
     plan.check()?;
+    let interest = plan.base.interest();
     let path = plan.target.join(SINGLE_FILE);
     let changes_name = ChangeSet::file_name(plan.base_window);
     let changes_path = plan.target.join(&changes_name);
@@ -123,11 +124,12 @@ pub fn build(plan: &MirrorPlan<'_>) -> Result<Mirror, MirrorError> {
         Err(Halt::Stopped) => return Err(MirrorError::io(&path)(io::ErrorKind::BrokenPipe.into())),
     };
 
-    let changed = changes.finish(&WeightsFiles::open_file(&path)?).map_err(|error| match error {
-        ChangeError::File(source) => MirrorError::io(&changes_path)(source),
-        ChangeError::Weights(source) => MirrorError::Weights(source),
-    })?;
-    let (_, changes_sha256) = hash_file(&changes_path).map_err(MirrorError::io(&changes_path))?;
+    let changed =
+        changes.finish(&WeightsFiles::open_file(&path)?.read_while(interest)).map_err(|error| match error {
+            ChangeError::File(source) => MirrorError::io(&changes_path)(source),
+            ChangeError::Weights(source) => MirrorError::Weights(source),
+        })?;
+    let (_, changes_sha256) = hash_file_while(&changes_path, interest).map_err(MirrorError::io(&changes_path))?;
     Ok(Mirror {
         weights_hash: weights,
         checksums,

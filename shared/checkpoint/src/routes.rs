@@ -45,11 +45,16 @@ impl Route {
 
     /// Every checkpoint of which something is fetched.
     pub(crate) fn fetched(&self) -> impl Iterator<Item = CheckpointWindow> {
+        self.trees().map(|(window, _)| window)
+    }
+
+    /// The trees that are fetched.
+    pub(crate) fn trees(&self) -> impl Iterator<Item = (CheckpointWindow, Tree)> {
         let base = match &self.base {
             Base::Cached(_) => None,
-            Base::Full(metadata) => Some(metadata.window),
+            Base::Full(metadata) => Some((metadata.window, Tree::Full)),
         };
-        base.into_iter().chain(self.deltas.iter().map(|delta| delta.window))
+        base.into_iter().chain(self.deltas.iter().map(|delta| (delta.window, Tree::Delta)))
     }
 }
 

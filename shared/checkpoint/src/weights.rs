@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::blocking::Interest;
 use crate::metadata::PublishedHash;
 use crate::mirror::Checksum;
 
@@ -113,6 +114,7 @@ impl TensorPlace {
 pub struct WeightsFiles {
     files: Vec<(PathBuf, File)>,
     tensors: BTreeMap<String, TensorPlace>,
+    interest: Interest,
 }
 
 impl WeightsFiles {
@@ -167,7 +169,16 @@ impl WeightsFiles {
             }
             files.push((path, file));
         }
-        Ok(Self { files, tensors })
+        Ok(Self { files, tensors, interest: Interest::default() })
+    }
+
+    /// The same, read only as long as somebody waits for what is read.
+    pub(crate) fn read_while(self, interest: &Interest) -> Self {
+        Self { interest: interest.clone(), ..self }
+    }
+
+    pub(crate) const fn interest(&self) -> &Interest {
+        &self.interest
     }
 
     /// The tensors by name, in the order in which they are hashed.
@@ -270,6 +281,7 @@ impl WeightsFiles {
         let (path, file) = &self.files[place.file];
         let io = |source| WeightsError::Io { path: path.clone(), source };
         let length = usize::try_from(piece.end - piece.start).map_err(|error| io(io::Error::other(error)))?;
+        self.interest.check().map_err(io)?;
         buffer.resize(length, 0);
         file.read_exact_at(buffer, place.offset + piece.start).map_err(io)
     }

@@ -18,6 +18,9 @@ pub const ENV_FILE: &str = ".env";
 /// Beginnings of names that are ours alone: others with them are probably misspelt.
 const OWN_PREFIXES: [&str; 2] = ["GRAIL_", "R2_"];
 
+/// Variables that children read from the environment: no settings of a miner.
+const OF_CHILDREN: [&str; 3] = [grail_process::fault::VARIABLE, "GRAIL_RELOAD_SHADOW", "GRAIL_PROOF_KERNELS"];
+
 /// Which file is read beside the environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EnvFile {
@@ -151,8 +154,7 @@ impl RawConfig {
             if name == "HOME" || name.starts_with("XDG_") {
                 self.base_folders.insert(name.to_owned(), PathBuf::from(value));
             }
-            // Children read it from the environment; it is no setting of a miner.
-            if name == grail_process::fault::VARIABLE {
+            if OF_CHILDREN.contains(&name) {
                 continue;
             }
             let Some(known) = known_name(name) else {

@@ -170,6 +170,12 @@ fn the_subnet_has_two_names_of_which_the_longer_is_read_first() {
 }
 
 #[test]
+fn variables_of_the_children_are_no_unknown_ones() {
+    let environment = ["GRAIL_FAULT", "GRAIL_RELOAD_SHADOW", "GRAIL_PROOF_KERNELS"].map(|name| (name, "anything"));
+    assert_eq!(Bench::new(&environment).load(Mode::Local).unwrap().warnings(), []);
+}
+
+#[test]
 fn misspelt_unknown_and_ineffective_names_are_warnings() {
     let bench = Bench::new(&[
         ("GRAIL_PIPELINE_PROOF_GPU_ID", "3"),

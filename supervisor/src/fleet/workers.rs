@@ -432,8 +432,15 @@ struct Change<L: WorkerLink> {
     outcome: Outcome,
 }
 
+/// Why a worker does not have the weights of an order.
+struct Refused {
+    reason: String,
+    /// It was only to read again what it had, and it still has that.
+    proves_on: bool,
+}
+
 enum Outcome {
-    Reloaded(Result<Reloaded, String>),
+    Reloaded(Result<Reloaded, Refused>),
     /// With success or without: weights that are not ready beforehand take longer when they are due.
     Staged,
 }
@@ -548,7 +555,12 @@ impl<L: WorkerLink> Follower<L> {
                 self.publish.send_modify(|_| {});
                 self.bring_to_target();
             }
-            Outcome::Reloaded(Err(reason)) if is_live => {
+            Outcome::Reloaded(Err(Refused { reason, proves_on: true })) if is_live => {
+                tracing::error!(slot = %self.slot, reason,
+                    "A worker cannot read its checkpoint again; it proves on with the weights that it has.");
+                self.bring_to_target();
+            }
+            Outcome::Reloaded(Err(Refused { reason, .. })) if is_live => {
                 tracing::error!(slot = %self.slot, reason, "A worker did not take the checkpoint; starting it anew.");
                 self.facts.change(|facts| facts.told_to_end = Some(worker.incarnation));
                 self.control.restart();
@@ -766,11 +778,13 @@ impl<L: WorkerLink> LiveWorker<L> {
         }
     }
 
-    async fn reload(&self, order: ReloadOrder, limit: Duration) -> Result<Reloaded, String> {
+    async fn reload(&self, order: ReloadOrder, limit: Duration) -> Result<Reloaded, Refused> {
         let (checkpoint, weights) = (order.checkpoint, order.weights);
+        let had_them = self.weights() == Some(weights);
+        let refused = |reason| Refused { reason, proves_on: false };
         match tokio::time::timeout(limit, self.link.reload(order)).await {
             Ok(Ok(reloaded)) if reloaded.weights != weights => {
-                Err(format!("it took weights {}, the order names {weights}", reloaded.weights))
+                Err(refused(format!("it took weights {}, the order names {weights}", reloaded.weights)))
             }
             Ok(Ok(reloaded)) => {
                 *self.weights.lock().unwrap_or_else(PoisonError::into_inner) = Some(reloaded.weights);
@@ -780,8 +794,11 @@ impl<L: WorkerLink> LiveWorker<L> {
                     "Worker has the checkpoint.");
                 Ok(reloaded)
             }
-            Ok(Err(error)) => Err(with_causes(&error)),
-            Err(_) => Err(format!("no answer within {limit:?}")),
+            Ok(Err(error)) => {
+                let is_intact = matches!(&error, RequestError::Failed(failed) if failed.code == RELOAD_FAILED);
+                Err(Refused { reason: with_causes(&error), proves_on: had_them && is_intact })
+            }
+            Err(_) => Err(refused(format!("no answer within {limit:?}"))),
         }
     }
 
@@ -831,6 +848,8 @@ impl<L: WorkerLink> LiveWorker<L> {
     }
 }
 
+/// Code of a worker whose reload failed before it had touched the old weights, or after every change was taken back.
+const RELOAD_FAILED: &str = "reload_failed";
 /// Codes of a worker's failures that say what is wrong with its device.
 const OUT_OF_MEMORY: &str = "out_of_memory";
 const DEVICE_POISONED: &str = "device_poisoned";

@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use grail_protocol::ids::{TokenId, WeightsHash, WindowStart};
+use grail_protocol::ids::{CheckpointWindow, TokenId, WeightsHash, WindowStart};
 use grail_protocol::window_file::{List, ReadRow, read_bytes};
 use grail_supervisor::journal::{self, Event};
 use grail_supervisor::store::{WindowStore, window_key};
 
 use crate::generator::{completion, request_name};
 use crate::schedule::WorkerFault;
-use crate::world::{World, fixtures};
+use crate::world::{World, checkpoint, fixtures};
 
 /// Sketches of every row by its weights and tokens: the same in every world, or somebody mixed something up.
 pub type Proved = BTreeMap<(WeightsHash, Vec<TokenId>), Vec<u32>>;
@@ -60,7 +60,7 @@ fn one_window(
         return Err(format!("spooled groups {missing:?} are not in the file"));
     }
     for (group, rows) in &file {
-        whole_and_unmixed((window, *group), rows, weights, proved)
+        whole_and_unmixed((window, *group), rows, (checkpoint(window), weights), proved)
             .map_err(|broken| format!("group {group}: {broken}"))?;
     }
     let key = window_key(fixtures().signer.hotkey(), window).to_string();
@@ -72,7 +72,7 @@ fn one_window(
 }
 
 /// Rows of the stored file by group.
-fn read(world: &World, window: WindowStart) -> Result<BTreeMap<i64, Vec<ReadRow>>, String> {
+pub fn read(world: &World, window: WindowStart) -> Result<BTreeMap<i64, Vec<ReadRow>>, String> {
     let key = window_key(fixtures().signer.hotkey(), window);
     let store = WindowStore::new(world.store.clone());
     let content = futures::executor::block_on(store.get(&key)).map_err(|error| error.to_string())?;
@@ -84,10 +84,11 @@ fn read(world: &World, window: WindowStart) -> Result<BTreeMap<i64, Vec<ReadRow>
     Ok(groups)
 }
 
-fn whole_and_unmixed(
+/// A group is whole, and all of it was drawn and proved with the weights of `checkpoint`.
+pub fn whole_and_unmixed(
     (window, group): (WindowStart, i64),
     rows: &[ReadRow],
-    weights: WeightsHash,
+    (checkpoint, weights): (CheckpointWindow, WeightsHash),
     proved: &mut Proved,
 ) -> Result<(), String> {
     let indexes: BTreeSet<_> = rows.iter().map(|row| row.rollout_index).collect();
@@ -98,15 +99,15 @@ fn whole_and_unmixed(
         let rollout = usize::try_from(row.rollout_index.ok_or("a row without index")?).unwrap();
         let List::Plain(tokens) = &row.commit.tokens else { return Err("a row without tokens".to_owned()) };
         let tokens: Vec<TokenId> = tokens.iter().map(|token| TokenId(u32::try_from(*token).unwrap())).collect();
-        let drawn = completion(&request_name(window.block().0, group, rollout));
+        let drawn = completion(&request_name(window.block().0, group, rollout), weights);
         if !tokens.ends_with(&drawn) {
-            return Err(format!("rollout {rollout} holds another completion than was drawn for it"));
+            return Err(format!("rollout {rollout} holds another completion than was drawn for it with its weights"));
         }
         let found = row.commit.commitments.sketches().ok_or("a row without sketches")?;
         if found != proved.entry((weights, tokens)).or_insert_with(|| found.to_vec()) {
             return Err(format!("rollout {rollout} was proved with other weights than the same tokens elsewhere"));
         }
-        let expected = i64::try_from(crate::world::checkpoint(window).0).unwrap();
+        let expected = i64::try_from(checkpoint.0).unwrap();
         if row.checkpoint_window != Some(expected) {
             return Err(format!("rollout {rollout} names checkpoint {:?}", row.checkpoint_window));
         }

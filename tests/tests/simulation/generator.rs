@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use grail_protocol::constants::CHALLENGE_K;
-use grail_protocol::ids::TokenId;
+use grail_protocol::ids::{TokenId, WeightsHash};
 use grail_supervisor::generation::{GenerationError, Generator, Sample};
 use tokio::time::Instant;
 
@@ -15,6 +15,8 @@ use crate::schedule::derived;
 #[derive(Debug)]
 pub struct SimGenerator {
     pub seed: u64,
+    /// What it draws depends on its weights, as with a real one.
+    pub weights: WeightsHash,
     /// Percent of samples that fail.
     pub bad_samples: u64,
     /// Real worlds are faster by this.
@@ -40,7 +42,7 @@ impl Generator for SimGenerator {
                 let detail = "simulated".to_owned();
                 return Err(GenerationError::Unreadable { rid: sample.rid, detail });
             }
-            Ok(completion(&sample.rid))
+            Ok(completion(&sample.rid, self.weights))
         }
         .boxed()
     }
@@ -53,9 +55,9 @@ impl Generator for SimGenerator {
 /// Tokens of every completion: the most that the window allows, so that a model need not find its end likely.
 pub const COMPLETION_TOKENS: usize = CHALLENGE_K + 8;
 
-/// What is drawn for the request `rid`.
-pub fn completion(rid: &str) -> Vec<TokenId> {
-    let name = derived(&rid.bytes().map(u64::from).collect::<Vec<_>>());
+/// What a server with `weights` draws for the request `rid`.
+pub fn completion(rid: &str, weights: WeightsHash) -> Vec<TokenId> {
+    let name = derived(&format!("{rid} {weights}").bytes().map(u64::from).collect::<Vec<_>>());
     // Printable characters of the demo's byte-level vocabulary.
     let token = |position: usize| TokenId(20 + u32::try_from(derived(&[name, position as u64]) % 60).unwrap());
     (0..COMPLETION_TOKENS).map(token).collect()

@@ -11,8 +11,10 @@
 mod checks;
 mod generator;
 mod real;
+mod rolls;
 mod schedule;
 mod store;
+mod trainer;
 mod worker;
 mod world;
 

@@ -20,6 +20,29 @@ pub struct SimStore {
     faults: Mutex<VecDeque<StoreFault>>,
     /// Keys in the order of their puts, also of those that failed.
     puts: Mutex<Vec<String>>,
+    /// What the miner saw and did that must fit together.
+    pub log: Arc<Log>,
+}
+
+/// In the order in which it happened.
+#[derive(Debug, Default)]
+pub struct Log(Mutex<Vec<Seen>>);
+
+impl Log {
+    pub fn add(&self, seen: Seen) {
+        self.0.lock().unwrap().push(seen);
+    }
+
+    pub fn all(&self) -> Vec<Seen> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+/// A complete listing of the trainer's store as it arrived, or the put of a window.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Seen {
+    Listed(Vec<String>),
+    Put(String),
 }
 
 impl SimStore {
@@ -38,7 +61,7 @@ impl fmt::Display for SimStore {
     }
 }
 
-fn failure() -> Error {
+pub fn failure() -> Error {
     Error::Generic { store: "simulated", source: "the store is away".into() }
 }
 
@@ -46,6 +69,7 @@ fn failure() -> Error {
 impl ObjectStore for SimStore {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
         self.puts.lock().unwrap().push(location.to_string());
+        self.log.add(Seen::Put(location.to_string()));
         let fault = self.faults.lock().unwrap().pop_front();
         match fault {
             Some(StoreFault::Fails) => return Err(failure()),

@@ -346,7 +346,7 @@ pub fn proof(job: &ProveJob, weights: WeightsHash) -> GroupProof {
 
 /// Sketches of `tokens` from `position` on.
 pub fn sketches(tokens: &[TokenId], position: usize, weights: WeightsHash) -> Vec<u32> {
-    let low = u64::try_from(weights.0).unwrap();
+    let low = u64::try_from(weights.0 & u128::from(u64::MAX)).unwrap();
     let sketch = |(offset, token): (usize, &TokenId)| {
         let value = derived(&[low, (position + offset) as u64, token.0.into()]) % u64::from(PRIME_Q);
         u32::try_from(value).unwrap()

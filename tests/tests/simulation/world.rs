@@ -1,5 +1,6 @@
 //! The miner's own parts on a simulated host.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
@@ -8,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use grail_checkpoint::GenerationParams;
+use grail_environments::datasets::{DatasetSettings, HubSettings};
 use grail_environments::{Environment, EnvironmentId, NoEvaluator, Split, ThinkingMode, datasets};
 use grail_ipc::messages::SlotId;
 use grail_process::restart::RestartPolicy;
@@ -20,6 +22,8 @@ use grail_supervisor::checkpoints::{CheckpointFiles, CheckpointRule};
 use grail_supervisor::clock::Clock;
 use grail_supervisor::demo::Demo;
 use grail_supervisor::engine::{Engine, EngineError, Limits, StopSignals};
+use grail_supervisor::environments::EnvironmentSource;
+use grail_supervisor::evaluators::{EvaluatorSettings, Evaluators};
 use grail_supervisor::fleet::{FleetError, Heartbeat, Observers, SlotCommand, SlotLimits, Target, WorkerLink, Workers};
 use grail_supervisor::group::WindowParts;
 use grail_supervisor::journal::{self, Event, Journal};
@@ -36,6 +40,14 @@ use crate::generator::{COMPLETION_TOKENS, SimGenerator};
 use crate::schedule::Schedule;
 use crate::store::SimStore;
 use crate::worker::{SimLink, SimRole};
+
+/// What a window is mined with.
+#[derive(Debug, Clone)]
+pub struct MinedWith {
+    pub checkpoint: CheckpointWindow,
+    pub weights: WeightsHash,
+    pub rule: Arc<dyn CheckpointRule>,
+}
 
 /// Far enough in the future that no real clock stamps anything later than a deadline.
 const BEGINNING: Duration = Duration::from_secs(4_102_444_800);
@@ -95,6 +107,8 @@ pub struct Fixtures {
     pub demo: Demo,
     pub files: CheckpointFiles,
     pub environment: Arc<dyn Environment>,
+    /// Environments over the rows of the demo, read once for all worlds.
+    pub environments: Arc<EnvironmentSource>,
     pub signer: Arc<Keypair>,
 }
 
@@ -107,7 +121,11 @@ pub fn fixtures() -> &'static Fixtures {
         let split = Split::resolve(EnvironmentId::Gsm8k, None).unwrap();
         let environment = datasets::embedded(EnvironmentId::Gsm8k, split, Arc::new(NoEvaluator)).unwrap();
         let signer = Arc::new(Keypair::from_uri(DEMO_HOTKEY_URI).unwrap());
-        Fixtures { _folder: folder, demo, files, environment, signer }
+        let hub = HubSettings::from_variables(|_| None);
+        let settings = demo.datasets(DatasetSettings { hub, sources: BTreeMap::new() });
+        let evaluators = Arc::new(Evaluators::new(EvaluatorSettings::default()));
+        let environments = Arc::new(EnvironmentSource::new(settings, evaluators));
+        Fixtures { _folder: folder, demo, files, environment, environments, signer }
     })
 }
 
@@ -117,7 +135,7 @@ pub struct World {
     pub pace: Pace,
     pub folder: tempfile::TempDir,
     pub store: Arc<SimStore>,
-    now: SystemTime,
+    pub now: SystemTime,
     /// Lives that were killed.
     pub crashes: usize,
 }
@@ -198,7 +216,7 @@ impl World {
     }
 
     /// Leaves part of a record at the end of the newest spool, as a crash in mid-append does.
-    fn tear_spool(&self, life: usize) {
+    pub fn tear_spool(&self, life: usize) {
         let bytes = self.schedule.torn_bytes[life];
         let path = |window| grail_supervisor::spool::path_of(&self.state_dir().join("spool"), window);
         let newest = self.pace.targets.iter().rev().map(|(window, _)| path(*window));
@@ -215,32 +233,9 @@ impl World {
         start: impl Fn(&Self, usize, Target, &Observers) -> Workers<L>,
     ) -> Result<(), EngineError> {
         let clock = Clock::starting_at(self.now);
-        let settings = LocalChainSettings { seed: Some("simulation".to_owned()), block_time: Some(self.pace.block) };
-        let chain = Arc::new(LocalChain::open_or_start(&self.state_dir(), &settings, &clock).unwrap());
-        let (notes, mut events) = mpsc::unbounded_channel();
-        let mut journal_of_children = Journal::open(&self.state_dir(), clock.clone()).unwrap();
-        tokio::spawn(async move {
-            while let Some(event) = events.recv().await {
-                journal_of_children.record(event);
-            }
-        });
-        let observers =
-            Observers { queue: ProofQueue::start(), journal: notes, progress: Arc::new(Progress::default()) };
-        let mut engine = Engine {
-            chain: chain.clone(),
-            store: WindowStore::new(self.store.clone()),
-            spool_dir: self.state_dir().join("spool"),
-            windows_dir: self.state_dir().join("windows"),
-            limits: Limits {
-                open_groups: self.schedule.open_groups,
-                max_groups: self.schedule.max_groups,
-                max_file_bytes: 330 << 20,
-            },
-            gate: TimeGate::new(1).with_block_time(self.pace.block),
-            journal: Journal::open(&self.state_dir(), clock.clone()).unwrap(),
-            clock: clock.clone(),
-            started: Instant::now(),
-        };
+        let chain = self.chain(&clock);
+        let observers = self.observers(&clock);
+        let mut engine = self.engine(&chain, &clock);
         let mut workers: Option<Workers<L>> = None;
         for (window, target) in &self.pace.targets {
             let window = *window;
@@ -258,7 +253,8 @@ impl World {
                 workers
             });
             let fleet = async { if is_new { workers.wait_ready().await } else { workers.roll(target.clone()).await } };
-            let parts = self.parts(window, target.weights, &chain, &observers, &clock).await;
+            let mined = MinedWith { checkpoint: checkpoint(window), weights: target.weights, rule: Arc::new(NoOther) };
+            let parts = self.parts(window, mined, &chain, (&observers, &clock)).await;
             engine.run_window(Arc::new(parts), &StopSignals::default(), fleet).await?;
         }
         if let Some(workers) = workers {
@@ -267,14 +263,49 @@ impl World {
         Ok(())
     }
 
-    fn is_uploaded(&self, window: WindowStart) -> bool {
+    pub fn chain(&self, clock: &Clock) -> Arc<LocalChain> {
+        let settings = LocalChainSettings { seed: Some("simulation".to_owned()), block_time: Some(self.pace.block) };
+        Arc::new(LocalChain::open_or_start(&self.state_dir(), &settings, clock).unwrap())
+    }
+
+    /// Whatever children report goes into the journal.
+    pub fn observers(&self, clock: &Clock) -> Observers {
+        let (notes, mut events) = mpsc::unbounded_channel();
+        let mut journal_of_children = Journal::open(&self.state_dir(), clock.clone()).unwrap();
+        tokio::spawn(async move {
+            while let Some(event) = events.recv().await {
+                journal_of_children.record(event);
+            }
+        });
+        Observers { queue: ProofQueue::start(), journal: notes, progress: Arc::new(Progress::default()) }
+    }
+
+    pub fn engine(&self, chain: &Arc<LocalChain>, clock: &Clock) -> Engine {
+        Engine {
+            chain: chain.clone(),
+            store: WindowStore::new(self.store.clone()),
+            spool_dir: self.state_dir().join("spool"),
+            windows_dir: self.state_dir().join("windows"),
+            limits: Limits {
+                open_groups: self.schedule.open_groups,
+                max_groups: self.schedule.max_groups,
+                max_file_bytes: 330 << 20,
+            },
+            gate: TimeGate::new(1).with_block_time(self.pace.block),
+            journal: Journal::open(&self.state_dir(), clock.clone()).unwrap(),
+            clock: clock.clone(),
+            started: Instant::now(),
+        }
+    }
+
+    pub fn is_uploaded(&self, window: WindowStart) -> bool {
         let events = journal::read(&self.state_dir()).unwrap_or_default();
         events
             .iter()
             .any(|event| matches!(event, Event::WindowUploaded { window: uploaded, .. } if *uploaded == window))
     }
 
-    fn simulated_workers(&self, life: usize, target: Target, observers: &Observers) -> Workers<SimLink> {
+    pub fn simulated_workers(&self, life: usize, target: Target, observers: &Observers) -> Workers<SimLink> {
         let schedule = &self.schedule;
         let role = |slot: SlotId, target, facts| SimRole {
             seed: schedule.seed,
@@ -287,7 +318,7 @@ impl World {
         Workers::start_with(schedule.slots, &self.pace.limits, target, observers, role)
     }
 
-    fn obey_operator<L: WorkerLink>(&self, life: usize, workers: &Workers<L>, observers: &Observers) {
+    pub fn obey_operator<L: WorkerLink>(&self, life: usize, workers: &Workers<L>, observers: &Observers) {
         for (_, when, slot, restarts) in self.schedule.operator.iter().filter(|order| order.0 == life) {
             let (slot, when, restarts) = (SlotId(*slot), *when / self.pace.haste, *restarts);
             let pause = Duration::from_secs(45) / self.pace.haste;
@@ -306,13 +337,12 @@ impl World {
         }
     }
 
-    async fn parts(
+    pub async fn parts(
         &self,
         window: WindowStart,
-        weights: WeightsHash,
+        MinedWith { checkpoint, weights, rule }: MinedWith,
         chain: &LocalChain,
-        observers: &Observers,
-        clock: &Clock,
+        (observers, clock): (&Observers, &Clock),
     ) -> WindowParts {
         let fixtures = fixtures();
         let window_hash = chain.block_hash(window.block()).await.unwrap();
@@ -322,7 +352,7 @@ impl World {
             window_hash,
             hotkey: fixtures.signer.hotkey().clone(),
             use_drand: false,
-            checkpoint: checkpoint(window),
+            checkpoint,
             model_dir: fixtures.demo.first.clone(),
             weights,
             model_name: "simulated".to_owned(),
@@ -349,13 +379,14 @@ impl World {
             max_model_len: fixtures.files.max_position_embeddings,
             generator: Arc::new(SimGenerator {
                 seed: self.schedule.seed,
+                weights,
                 bad_samples: self.schedule.bad_samples,
                 haste: self.pace.haste,
                 outage,
                 drawn: AtomicU64::new(0),
             }),
             prover: Arc::new(observers.queue.clone()),
-            rule: Arc::new(NoOther),
+            rule,
             signer: fixtures.signer.clone(),
             progress: observers.progress.clone(),
             clock: clock.clone(),

@@ -2,6 +2,7 @@
 
 use std::hash::BuildHasher;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -16,6 +17,8 @@ use crate::layout::{Tree, folder_name, parse_folder_name};
 
 const PARTIAL_SUFFIX: &str = ".partial";
 const DOWNLOAD_SUFFIX: &str = ".download";
+/// Unit of a file's blocks, whatever the file system's own is.
+const BLOCK_BYTES: u64 = 512;
 /// Age at which a download that nobody goes on with, or a partial folder that names no process, counts as abandoned.
 const ABANDONED_AFTER: Duration = Duration::from_secs(3600);
 
@@ -87,6 +90,17 @@ impl CheckpointCache {
     /// on where this one was ended.
     pub(crate) fn download_folder(&self, window: CheckpointWindow, tree: Tree) -> PathBuf {
         self.root().join(format!("{}{DOWNLOAD_SUFFIX}", folder_name(window))).join(tree.as_str())
+    }
+
+    /// Bytes of a tree that the disk has already. A file that is begun has its final length from the start, so what counts is
+    /// what is stored of it.
+    pub(crate) fn downloaded_bytes(&self, window: CheckpointWindow, tree: Tree) -> u64 {
+        let folder = self.download_folder(window, tree);
+        let stored = |name: &String| {
+            let file = std::fs::metadata(folder.join(name)).ok()?;
+            Some(file.len().min(file.blocks().saturating_mul(BLOCK_BYTES)))
+        };
+        durable::files_below(&folder).unwrap_or_default().iter().filter_map(stored).sum()
     }
 
     /// Removes the downloads of checkpoints for which `goes` holds. Only under the lock.

@@ -12,6 +12,7 @@ use grail_protocol::ids::{CheckpointWindow, WeightsHash};
 use super::folder::remove_folder;
 use super::record::{MadeFrom, Record, read_document};
 use super::{CacheError, CheckpointCache, Damage};
+use crate::blocking::blocking;
 use crate::durable;
 use crate::layout::METADATA_FILE;
 use crate::manifest::{FileDefect, FolderDefect};
@@ -63,18 +64,9 @@ impl CheckpointCache {
     ///
     /// # Errors
     /// [`CacheError::Io`].
-    pub fn hold(&self, window: CheckpointWindow) -> Result<Option<Hold>, CacheError> {
+    pub async fn hold(&self, window: CheckpointWindow) -> Result<Option<Hold>, CacheError> {
         let path = self.folder(window);
-        let io = |source| CacheError::io(&path, source);
-        while let Some(folder) = open_folder(&path).map_err(io)? {
-            // Waits only for a look at who holds it, or for its removal.
-            folder.lock_shared().map_err(io)?;
-            // What was locked may have been replaced or removed before the lock was there.
-            if is_same(&folder, &path).map_err(io)? {
-                return Ok(Some(Hold { _folder: folder }));
-            }
-        }
-        Ok(None)
+        blocking(move |_| lock_shared(&path).map_err(|source| CacheError::io(&path, source))).await?
     }
 
     pub(crate) fn is_held(&self, window: CheckpointWindow) -> bool {
@@ -139,6 +131,18 @@ impl CheckpointCache {
         }
         Ok(pruned)
     }
+}
+
+/// Waits only for a look at who holds the folder, or for its removal.
+fn lock_shared(path: &Path) -> io::Result<Option<Hold>> {
+    while let Some(folder) = open_folder(path)? {
+        folder.lock_shared()?;
+        // What was locked may have been replaced or removed before the lock was there.
+        if is_same(&folder, path)? {
+            return Ok(Some(Hold { _folder: folder }));
+        }
+    }
+    Ok(None)
 }
 
 fn open_folder(path: &Path) -> io::Result<Option<File>> {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Damage, Installed};
+use crate::blocking::Interest;
 use crate::layout::{METADATA_FILE, Tree};
 use crate::manifest::Manifest;
 use crate::metadata::{Metadata, PublishedHash};
@@ -97,8 +98,8 @@ impl Record {
     }
 
     /// The record of a folder that has none, from its weights.
-    pub(crate) fn compute(folder: &Path, published: &Metadata) -> Result<Self, WeightsError> {
-        let weights = WeightsFiles::open(folder)?;
+    pub(crate) fn compute(folder: &Path, published: &Metadata, interest: &Interest) -> Result<Self, WeightsError> {
+        let weights = WeightsFiles::open(folder)?.read_while(interest);
         let fingerprint = weights.fingerprint()?;
         let agreement = weights.agreement(fingerprint.weights_hash, &published.weights_hash)?;
         Ok(Self {
@@ -150,12 +151,12 @@ pub(crate) fn read_document(folder: &Path, window: CheckpointWindow) -> Result<M
 }
 
 /// Verifies every file of a folder.
-pub(crate) fn verify(folder: &Path, window: CheckpointWindow) -> Result<Installed, Damage> {
+pub(crate) fn verify(folder: &Path, window: CheckpointWindow, interest: &Interest) -> Result<Installed, Damage> {
     let metadata = read_document(folder, window)?;
-    metadata.files()?.verify_folder(folder)?;
+    metadata.files()?.verify_folder_while(folder, interest)?;
     let record = match Record::read(folder, &metadata) {
         Some(record) => record,
-        None => Record::compute(folder, &metadata)?,
+        None => Record::compute(folder, &metadata, interest)?,
     };
     Ok(record.installed(folder, metadata))
 }

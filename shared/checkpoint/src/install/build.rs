@@ -6,7 +6,8 @@ use std::sync::Arc;
 use grail_protocol::ids::CheckpointWindow;
 
 use super::{Job, Made, required, write_document};
-use crate::cache::{Damage, Entry, Installed, MadeFrom, Record, read_document};
+use crate::blocking::{Interest, blocking};
+use crate::cache::{CacheError, CheckpointCache, Damage, Entry, Installed, MadeFrom, Record, read_document};
 use crate::delta::{DELTA_METADATA_FILE, Delta, DeltaMetadata, PAYLOAD_FILE, Shapes};
 use crate::fetch::Fetcher;
 use crate::install::InstallError;
@@ -35,26 +36,10 @@ struct Built {
 impl Job<'_> {
     /// The cached checkpoint that deltas are applied to. Its weights are not read for this: the hash over what is made from
     /// them tells whether they were sound.
-    pub(super) fn cached_base(&self, base: CheckpointWindow) -> Result<Installed, InstallError> {
-        let folder = self.cache.folder(base);
-        let sound = || -> Result<Installed, Damage> {
-            let metadata = read_document(&folder, base)?;
-            let beside: Manifest = (metadata.files()?.required())
-                .filter(|(name, _)| !mirror::belongs_to_weights(name))
-                .map(|(name, digest)| (name.to_owned(), digest))
-                .collect();
-            beside.verify_folder(&folder)?;
-            match Record::read(&folder, &metadata) {
-                Some(record) => Ok(record.installed(&folder, metadata)),
-                // Another program's folder: nothing says what its weights are until they were read.
-                None => match self.cache.inspect(base) {
-                    Entry::Installed(installed) => Ok(*installed),
-                    Entry::Damaged(damage) => Err(damage),
-                    Entry::Absent => Err(Damage::MetadataUnreadable(std::io::ErrorKind::NotFound.into())),
-                },
-            }
-        };
-        sound().map_err(|source| InstallError::Base { window: self.window, base, source })
+    pub(super) async fn cached_base(&self, base: CheckpointWindow) -> Result<Installed, InstallError> {
+        let cache = self.cache.clone();
+        let sound = blocking(move |interest| sound_beside(&cache, base, interest)).await?;
+        sound.map_err(|source| InstallError::Base { window: self.window, base, source })
     }
 
     /// Fetches the deltas of the way and applies them to the base. The last one's document is that of the checkpoint.
@@ -72,8 +57,7 @@ impl Job<'_> {
         let partial = self.cache.new_partial(self.window)?;
         let (folder, stated) = (partial.path.clone(), target.weights_hash.clone());
         let (base_of, window) = (base.clone(), self.window);
-        let built = tokio::task::spawn_blocking(move || build(window, &base_of, &deltas, &folder, &stated)).await;
-        let built = built.expect("building does not panic")?;
+        let built = blocking(move |interest| build(window, &base_of, (&deltas, &stated), &folder, interest)).await??;
         let is_confirmed = matches!(built.agreement, HashAgreement::Equal | HashAgreement::EqualWithTiedHead);
         if !is_confirmed {
             self.require_sound(base).await?;
@@ -99,11 +83,30 @@ impl Job<'_> {
     /// Reads a base to its end, once what was made from it has turned out wrong or nothing tells whether it is right.
     async fn require_sound(&self, base: &Installed) -> Result<(), InstallError> {
         let (cache, window) = (self.cache.clone(), base.window);
-        let entry = tokio::task::spawn_blocking(move || cache.inspect(window)).await;
-        match entry.expect("the inspection does not panic") {
+        match blocking(move |interest| cache.inspect_while(window, interest)).await? {
             Entry::Damaged(source) => Err(InstallError::Base { window: self.window, base: window, source }),
             Entry::Installed(_) | Entry::Absent => Ok(()),
         }
+    }
+}
+
+/// A cached checkpoint whose files beside the weights are sound.
+fn sound_beside(cache: &CheckpointCache, window: CheckpointWindow, interest: &Interest) -> Result<Installed, Damage> {
+    let folder = cache.folder(window);
+    let metadata = read_document(&folder, window)?;
+    let beside: Manifest = (metadata.files()?.required())
+        .filter(|(name, _)| !mirror::belongs_to_weights(name))
+        .map(|(name, digest)| (name.to_owned(), digest))
+        .collect();
+    beside.verify_folder_while(&folder, interest)?;
+    match Record::read(&folder, &metadata) {
+        Some(record) => Ok(record.installed(&folder, metadata)),
+        // Another program's folder: nothing says what its weights are until they were read.
+        None => match cache.inspect_while(window, interest) {
+            Entry::Installed(installed) => Ok(*installed),
+            Entry::Damaged(damage) => Err(damage),
+            Entry::Absent => Err(Damage::MetadataUnreadable(std::io::ErrorKind::NotFound.into())),
+        },
     }
 }
 
@@ -115,23 +118,26 @@ pub(super) fn weights_bytes(folder: &Path) -> u64 {
 fn build(
     window: CheckpointWindow,
     base: &Installed,
-    fetched: &[FetchedDelta],
+    (fetched, stated): (&[FetchedDelta], &PublishedHash),
     target: &Path,
-    stated: &PublishedHash,
+    interest: &Interest,
 ) -> Result<Built, InstallError> {
     let base_error = |source| InstallError::Base { window, base: base.window, source: Damage::Weights(source) };
     let mirror_error = |source| InstallError::Mirror { window, source };
-    let weights = WeightsFiles::open(&base.folder).map_err(base_error)?;
+    let weights = WeightsFiles::open(&base.folder).map_err(base_error)?.read_while(interest);
     let shapes = Shapes::from(&weights);
-    let deltas: Vec<Delta> =
-        fetched.iter().map(|delta| delta.open(&shapes, target)).collect::<Result<_, InstallError>>()?;
+    let mut deltas: Vec<Delta> = Vec::with_capacity(fetched.len());
+    for delta in fetched {
+        interest.check().map_err(|source| CacheError::io(target, source))?;
+        deltas.push(delta.open(&shapes, target)?);
+    }
     let mut files = carry_files(&base.folder, &required(&base.metadata)?, target).map_err(mirror_error)?;
     let plan =
         MirrorPlan { base: &weights, base_window: base.window, base_hash: base.weights_hash, deltas: &deltas, target };
     let made = mirror::build(&plan).map_err(mirror_error)?;
     files.extend(made.files.iter().cloned());
     let weights_error = |source| InstallError::Weights { window, source };
-    let weights = WeightsFiles::open(target).map_err(weights_error)?;
+    let weights = WeightsFiles::open(target).map_err(weights_error)?.read_while(interest);
     let agreement = weights.agreement(made.weights_hash, stated).map_err(weights_error)?;
     Ok(Built { mirror: made, agreement, manifest: files.into_iter().collect() })
 }

@@ -130,7 +130,7 @@ pub enum ChainError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FailureClass {
-    /// The store did not answer, or not to the end: the same again may succeed, and goes on where it was.
+    /// The store did not answer, or not to the end, or this process ends: the same again may succeed, and goes on where it was.
     Unavailable,
     /// The store refuses: its credentials may have changed.
     Denied,
@@ -205,6 +205,8 @@ impl InstallError {
     pub fn class(&self) -> FailureClass {
         match self {
             Self::NoSpace { .. } | Self::Cache(CacheError::DiskFull { .. }) => FailureClass::NoSpace,
+            // What is here stays for the next process.
+            Self::Cache(CacheError::Ending) => FailureClass::Unavailable,
             Self::Cache(_) => FailureClass::Local,
             Self::List { source, .. } | Self::Fetch { source, .. } => store_class(source),
             Self::Vanished { .. } => FailureClass::Vanished,

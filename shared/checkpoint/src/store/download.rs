@@ -21,6 +21,7 @@ use tokio::sync::mpsc;
 use super::ledger::{Ledger, ObjectVersion};
 use super::limits::Retries;
 use super::{CheckpointStore, Fetched, Located, StoreError, sink_error};
+use crate::blocking::Interest;
 use crate::manifest::Sha256Digest;
 use crate::progress::{FileMeter, Meter};
 use crate::sink::{Coding, Sink, SinkError};
@@ -98,8 +99,11 @@ impl CheckpointStore {
         let spans: Vec<Range<u64>> = (0..ledger.ranges()).map(|number| ledger.range(number)).collect();
         let (written, queue) = blocking::channel();
         let done: Vec<u64> = ledger.done().iter().copied().collect();
-        let hashed = file.clone();
-        let hasher = tokio::task::spawn_blocking(move || hash_in_order(&hashed, &spans, done.into_iter().chain(queue)));
+        let (hashed, interest) = (file.clone(), Interest::default());
+        let _waiting = interest.until_dropped();
+        let hasher = tokio::task::spawn_blocking(move || {
+            hash_in_order(&hashed, &spans, done.into_iter().chain(queue), &interest)
+        });
         let (pieces, queue) = mpsc::channel(QUEUED_PIECES);
         let writer = tokio::task::spawn_blocking(move || write_pieces(&file, ledger, queue, &written));
 
@@ -260,7 +264,12 @@ fn write_pieces(
 
 /// Hashes ranges in their order as they are written, and syncs the file once all of them are. After fewer, the digest is of
 /// the part before the first gap and of no use.
-fn hash_in_order(file: &File, spans: &[Range<u64>], written: impl Iterator<Item = u64>) -> io::Result<Sha256Digest> {
+fn hash_in_order(
+    file: &File,
+    spans: &[Range<u64>],
+    written: impl Iterator<Item = u64>,
+    interest: &Interest,
+) -> io::Result<Sha256Digest> {
     let mut hash = Sha256::new();
     let mut here = vec![false; spans.len()];
     let mut next = 0;
@@ -272,6 +281,7 @@ fn hash_in_order(file: &File, spans: &[Range<u64>], written: impl Iterator<Item 
         while here.get(next).is_some_and(|here| *here) {
             let Range { mut start, end } = spans[next].clone();
             while start < end {
+                interest.check()?;
                 let wanted = usize::try_from(end - start).unwrap_or(READ_BYTES).min(READ_BYTES);
                 file.read_exact_at(&mut buffer[..wanted], start)?;
                 hash.update(&buffer[..wanted]);

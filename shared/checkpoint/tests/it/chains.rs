@@ -375,7 +375,7 @@ async fn another_version_under_the_same_window_replaces_the_first_unless_that_is
     assert_eq!(kept.weights_hash, first.weights_hash);
     assert!(matches!(kept.notices[..], [Notice::RepublishedKept { .. }]), "{:?}", kept.notices);
 
-    let held = trainer.cache.hold(CheckpointWindow(330)).unwrap().unwrap();
+    let held = trainer.cache.hold(CheckpointWindow(330)).await.unwrap().unwrap();
     let kept = trainer.install(330).await.unwrap();
     assert_eq!(kept.weights_hash, first.weights_hash);
     drop(held);

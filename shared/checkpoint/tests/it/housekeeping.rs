@@ -92,8 +92,8 @@ async fn what_another_process_holds_stays() {
     let trainer = filled().await;
     // Another handle on the same root is to the locks what another process is.
     let other = CheckpointCache::open(trainer.cache.root()).unwrap();
-    let hold = other.hold(CheckpointWindow(330)).unwrap().unwrap();
-    assert!(other.hold(CheckpointWindow(990)).unwrap().is_none());
+    let hold = other.hold(CheckpointWindow(330)).await.unwrap().unwrap();
+    assert!(other.hold(CheckpointWindow(990)).await.unwrap().is_none());
     assert_eq!(trainer.cache.list().unwrap().iter().filter(|summary| summary.held).count(), 1);
     let nothing = RetentionLimits { checkpoints: 0, ..NO_LIMITS };
     assert_eq!(prune(&trainer, &[], nothing).await, [300, 360, 390]);

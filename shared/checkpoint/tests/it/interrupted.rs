@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::faulty::{Fault, FaultyStore, checkpoints, metadata_input};
 use crate::trainer::Trainer;
 use grail_checkpoint::cache::Entry;
-use grail_checkpoint::{CheckpointCache, FailureClass, ProgressFn, Wanted, publish_full};
+use grail_checkpoint::{CheckpointCache, FailureClass, InstallError, ProgressFn, Wanted, publish_full};
 use grail_protocol::ids::CheckpointWindow;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use object_store::local::LocalFileSystem;
@@ -98,13 +98,17 @@ async fn room_is_asked_for_before_anything_is_fetched_and_other_downloads_give_w
     assert_eq!(trainer.names(), [""; 0]);
 }
 
-/// A file system of 64 KiB that goes with the test; `None` where that is not permitted.
+/// A small file system that goes with the test; `None` where that is not permitted.
 struct SmallDisk<'a>(&'a Path);
 
 impl<'a> SmallDisk<'a> {
-    fn mount(at: &'a Path) -> Option<Self> {
-        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some("size=64k")).ok()?;
-        Some(Self(at))
+    fn mount(at: &'a Path, kib: u32) -> Option<Self> {
+        let size = format!("size={kib}k");
+        let mounted = mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(size.as_str()));
+        if mounted.is_err() {
+            eprintln!("skipped: mounting is not permitted here");
+        }
+        mounted.ok().map(|()| Self(at))
     }
 }
 
@@ -119,10 +123,7 @@ impl Drop for SmallDisk<'_> {
 async fn a_disk_that_fills_up_on_the_way_leaves_no_half_checkpoint() {
     for installed_before in [false, true] {
         let trainer = Trainer::chain([330]).await;
-        let Some(_disk) = SmallDisk::mount(trainer.cache.root()) else {
-            eprintln!("skipped: mounting is not permitted here");
-            return;
-        };
+        let Some(_disk) = SmallDisk::mount(trainer.cache.root(), 64) else { return };
         let target = if installed_before { 330 } else { 300 };
         if installed_before {
             trainer.install(300).await.unwrap();
@@ -142,4 +143,31 @@ async fn a_disk_that_fills_up_on_the_way_leaves_no_half_checkpoint() {
         std::fs::remove_file(&filler).unwrap();
         trainer.assert_has(&trainer.install(target).await.unwrap(), target);
     }
+}
+
+/// Bytes of the file with which the next test's tree is larger than what its disk has left.
+const LARGE: usize = 96 << 10;
+
+#[tokio::test]
+async fn what_a_broken_download_has_on_the_disk_needs_no_more_room() {
+    let trainer = Trainer::new();
+    std::fs::write(trainer.version(300).join("large"), [7; LARGE]).unwrap();
+    trainer.full(300).await;
+    let Some(_disk) = SmallDisk::mount(trainer.cache.root(), 256) else { return };
+    let folder = trainer.cache.root().join("checkpoint-300.download/FULL");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("large"), [7; LARGE]).unwrap();
+    // 256 KiB less the large file and this leave 64, which is less than the whole tree.
+    std::fs::write(trainer.cache.root().join("filler"), [0; LARGE]).unwrap();
+    trainer.assert_has(&trainer.install(300).await.unwrap(), 300);
+
+    trainer.cache.remove(CheckpointWindow(300)).await.unwrap();
+    std::fs::write(trainer.cache.root().join("filler"), [0; 2 * LARGE]).unwrap();
+    std::fs::create_dir_all(&folder).unwrap();
+    // One range of many was written of this one: it only looks as if it were there.
+    File::create(folder.join("large")).unwrap().set_len(LARGE as u64).unwrap();
+    trainer.store.take_requests();
+    let error = trainer.install(300).await.unwrap_err();
+    assert!(matches!(error, InstallError::NoSpace { needed, .. } if needed > LARGE as u64), "{error}");
+    assert!(trainer.store.take_keys().iter().all(|key| key.ends_with("metadata.json")), "nothing of it was fetched");
 }
