@@ -7,7 +7,7 @@ has medians of the rounds. The baseline pads each group to its longest rollout, 
 computes all logits, and takes log-softmax in float32 over 512 rows at a time; it empties no cache. torch and transformers are
 those of the python3 that runs this. FILE is written anew behind each round, and no round begins that would end behind --minutes.
 
-`--device cpu --models qwen2-0.5b` shows in a minute that this program runs.
+`--device cpu --models qwen2-0.5b` shows in a few minutes that this program runs.
 """
 
 import argparse

@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use grail_telemetry::is_secret_name;
 
 /// Variables that every child may inherit; an entry that ends in `*` is a beginning.
-pub const HARMLESS: [&str; 23] = [
+pub const HARMLESS: [&str; 25] = [
     "PATH",
     "HOME",
     "USER",
@@ -15,11 +15,13 @@ pub const HARMLESS: [&str; 23] = [
     "LC_*",
     "TZ",
     "TMPDIR",
+    "XDG_CACHE_HOME",
     "NO_COLOR",
     "RUST_BACKTRACE",
     "RUST_LIB_BACKTRACE",
     "GRAIL_LOG",
     "GRAIL_LIBTORCH_DIR",
+    "GRAIL_PROOF_KERNELS",
     "GRAIL_RELOAD_SHADOW",
     "LD_LIBRARY_PATH",
     "CUDA_VISIBLE_DEVICES",

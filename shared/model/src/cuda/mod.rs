@@ -10,6 +10,10 @@ mod ffi;
 mod forward;
 #[cfg(test)]
 mod gpu_tests;
+#[cfg(test)]
+mod host_tests;
+#[cfg(test)]
+mod kernel_tests;
 mod kernels;
 mod layout;
 mod workspace;
