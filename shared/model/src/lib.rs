@@ -40,6 +40,7 @@ pub mod weights;
 pub use changes::{Changes, Undo};
 pub use checksum::Checksums;
 pub use config::{ConfigError, ModelConfig};
+pub use cuda::beside_proofs;
 pub use device::{Device, Dtype, set_threads};
 pub use difference::{INDEX_DTYPE, write_difference};
 pub use error::{ChangeError, ChecksumError, LoadError, ProveError, TorchError};

@@ -455,6 +455,8 @@ unsafe extern "C" {
         error_size: usize,
     ) -> *mut c_void;
     fn grail_current_stream(device: c_int, stream: *mut *mut c_void, error: *mut c_char, error_size: usize) -> c_int;
+    fn grail_enter_loading_stream(device: c_int, before: *mut i64, error: *mut c_char, error_size: usize) -> c_int;
+    fn grail_leave_loading_stream(device: c_int, before: i64, error: *mut c_char, error_size: usize) -> c_int;
     fn grail_default_matrix_products(error: *mut c_char, error_size: usize) -> c_int;
 }
 
@@ -545,6 +547,42 @@ pub(crate) fn upload(values: &[i32], device: usize) -> Result<Tensor, TchError> 
         // SAFETY: a pointer that is not null is of a tensor that the shim made for us.
         (!result.is_null()).then(|| unsafe { Tensor::from_ptr(result.cast()) })
     })
+}
+
+/// A thread whose orders to a GPU go to the stream for loading.
+#[derive(Debug)]
+pub(crate) struct OnLoadingStream {
+    device: c_int,
+    before: i64,
+}
+
+impl OnLoadingStream {
+    /// # Errors
+    /// libtorch's text.
+    pub(crate) fn enter(device: usize) -> Result<Self, TchError> {
+        let device = c_int::try_from(device).map_err(|error| TchError::Torch(error.to_string()))?;
+        let mut before = 0;
+        with_error(|error| {
+            // SAFETY: both pointers are valid for writes of their sizes during the call.
+            let status = unsafe { grail_enter_loading_stream(device, &raw mut before, error.as_mut_ptr(), TEXT_BYTES) };
+            (status == 0).then_some(Self { device, before })
+        })
+    }
+}
+
+impl Drop for OnLoadingStream {
+    fn drop(&mut self) {
+        let left = with_error(|error| {
+            // SAFETY: the buffer is valid for writes of its size; the number is of a stream of that device.
+            let status =
+                unsafe { grail_leave_loading_stream(self.device, self.before, error.as_mut_ptr(), TEXT_BYTES) };
+            (status == 0).then_some(())
+        });
+        if let Err(error) = left {
+            // Whoever uses the device next meets the same error.
+            tracing::debug!(%error, "The stream for loading ended with an error.");
+        }
+    }
 }
 
 /// Sets matrix products in bfloat16 to what Python's torch has by default.
