@@ -57,6 +57,10 @@ static unsigned short host_narrow(float x) {
     return static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+// Vectors behind all memory, and what they hold.
+constexpr size_t GUARD = 8;
+constexpr char CANARY = 0x5a;
+
 [[noreturn]] static void fail(const char *text) {
     std::fprintf(stderr, "host kernels: %s\n", text);
     std::exit(1);
@@ -189,8 +193,9 @@ int main(int count, char **words) {
         const std::string word = words[at + 5];
         if (word.rfind("bytes:", 0) == 0) {
             sizes[at] = std::strtoull(word.c_str() + 6, nullptr, 10);
-            memory[at].resize((sizes[at] + 15) / 16);
+            memory[at].resize(sizes[at] / 16 + 1 + GUARD);
             pointers[at] = memory[at].data();
+            std::memset(pointers[at], CANARY, memory[at].size() * sizeof(uint4));
             if (std::fread(pointers[at], 1, sizes[at], stdin) != sizes[at]) fail("standard input ends early");
         } else if (word.rfind("int:", 0) == 0) {
             numbers[at] = std::atoi(word.c_str() + 4);
@@ -223,6 +228,11 @@ int main(int count, char **words) {
     }
     for (blockIdx.y = 0; blockIdx.y < lines; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < columns; blockIdx.x++) run_block(threads);
+    for (size_t at = 0; at < pointers.size(); at++) {
+        const char *bytes = static_cast<const char *>(pointers[at]);
+        for (size_t byte = sizes[at]; byte < memory[at].size() * sizeof(uint4); byte++)
+            if (bytes[byte] != CANARY) fail("a kernel writes behind its memory");
+    }
     for (size_t at = 0; at < pointers.size(); at++)
         if (sizes[at] > 0 && std::fwrite(pointers[at], 1, sizes[at], stdout) != sizes[at]) fail("standard output is closed");
     return 0;

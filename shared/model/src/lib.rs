@@ -30,6 +30,7 @@ mod rope;
 mod running;
 pub mod safetensors;
 mod sketch;
+mod staged;
 pub mod stages;
 pub mod train;
 #[cfg(test)]
@@ -47,5 +48,6 @@ pub use error::{ChangeError, ChecksumError, LoadError, ProveError, TorchError};
 pub use model::{LoadOptions, Model};
 pub use packed::{PackedBatch, Segment, SegmentIndex};
 pub use prove::{CompletionProof, ProofModel, ProveInput, ProveOutput, RunningProof};
+pub use staged::StagedChanges;
 pub use verify::{VerifyInput, VerifyOutput};
 pub use weights::weights_hash_of_dir;
