@@ -179,8 +179,8 @@ fn selected_buckets(subject: &dyn Subject, config: &ModelConfig) {
     let steps = beginnings.map(|value| value.to_bits() >> 16);
     let edges: Vec<f32> = steps.iter().flat_map(|step| [step << 16, (step + 1) << 16]).map(f32::from_bits).collect();
     let edges = Tensor::from_slice(&edges).to_kind(Kind::BFloat16).to_device(subject.device());
-    drop(zeros.get(1).narrow(0, 0, edges.size()[0]).copy_(&edges));
-    drop(zeros.get(2).narrow(0, hidden - edges.size()[0], edges.size()[0]).copy_(&edges.neg()));
+    zeros.get(1).narrow(0, 0, edges.size()[0]).copy_(&edges);
+    zeros.get(2).narrow(0, hidden - edges.size()[0], edges.size()[0]).copy_(&edges.neg());
     let x = Tensor::cat(&[fine, coarse, zeros], 0);
     let out = poisoned(subject, &[x.size()[0], TOP], Kind::Int8);
     subject.select_buckets(&x, &out);
