@@ -1,11 +1,13 @@
 """Measures proofs on a GPU and, in the same run on the same card, transformers beside them.
 
-    python3 deploy/gpu/bench.py --worker target/release/grail-proof-worker [--rounds 5] [--json FILE]
+    python3 deploy/gpu/bench.py --worker target/release/grail-proof-worker [--rounds 5] [--minutes 4] [--json FILE]
 
 Each round goes through all cases of a model, then through the baseline, so that heat and clocks fall on both alike; the table
 has medians of the rounds. The baseline pads each group to its longest rollout, repeats the prompt for each of the sixteen,
 computes all logits, and takes log-softmax in float32 over 512 rows at a time; it empties no cache. torch and transformers are
-those of the python3 that runs this.
+those of the python3 that runs this. FILE is written anew behind each round, and no round begins that would end behind --minutes.
+
+`--device cpu --models qwen2-0.5b` shows in a few minutes that this program runs.
 """
 
 import argparse
@@ -24,7 +26,12 @@ SHAPES = {
                      num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
     "qwen2-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                        num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
+    "qwen2-0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                       num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
 }
+# Groups of a small model take less time, so it gets more of them.
+MORE_GROUPS = {"qwen2-1.5b": 4}
+DEVICE = "cuda"
 USUAL = ("800 / 200", dict(prompt="fixed:200", completion="lognormal:800,0.5"))
 CASES = {
     "qwen2-7b": [
@@ -37,6 +44,7 @@ CASES = {
         ("800 / 200, one of 8,192", dict(prompt="fixed:200", completion="lognormal:800,0.5", longest=8192)),
     ],
     "qwen2-1.5b": [USUAL],
+    "qwen2-0.5b": [("8 / 8", dict(prompt="fixed:8", completion="fixed:8"))],
 }
 
 
@@ -44,7 +52,7 @@ class Worker:
     """A profile that waits for cases; the model is loaded once."""
 
     def __init__(self, program, shape, batch_tokens):
-        command = [program, "profile", "--shape", shape, "--device", "cuda:0", "--cases", "-"]
+        command = [program, "profile", "--shape", shape, "--device", "cuda:0" if DEVICE == "cuda" else "cpu", "--cases", "-"]
         if batch_tokens:
             command += ["--batch-tokens", str(batch_tokens)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -71,12 +79,12 @@ class Baseline:
         torch.manual_seed(1)
         with torch.device("meta"):
             model = transformers.Qwen2ForCausalLM(config)
-        model = model.to(torch.bfloat16).to_empty(device="cuda")
+        model = model.to(torch.bfloat16).to_empty(device=DEVICE)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
         # Buffers are not made on the meta device.
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to("cuda")
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(DEVICE)
         model.tie_weights()
         self.model = model.eval()
 
@@ -84,9 +92,9 @@ class Baseline:
     def prove(self, lengths):
         prompt, completions = lengths[0], lengths[1:]
         longest = prompt + max(completions)
-        ids = torch.randint(0, self.model.config.vocab_size, (len(completions), longest), device="cuda")
-        totals = torch.tensor([prompt + own for own in completions], device="cuda")
-        mask = (torch.arange(longest, device="cuda")[None] < totals[:, None]).long()
+        ids = torch.randint(0, self.model.config.vocab_size, (len(completions), longest), device=DEVICE)
+        totals = torch.tensor([prompt + own for own in completions], device=DEVICE)
+        mask = (torch.arange(longest, device=DEVICE)[None] < totals[:, None]).long()
         hidden = self.model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         hidden.abs().topk(16, dim=-1)
         logits = self.model.lm_head(hidden)
@@ -96,7 +104,8 @@ class Baseline:
             for first in range(0, own, LOGPROB_ROWS):
                 part = rows[first : first + LOGPROB_ROWS].float().log_softmax(-1)
                 part.gather(-1, chosen[first : first + LOGPROB_ROWS])
-        torch.cuda.synchronize()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
     def rollouts_per_second(self, groups):
         started = time.perf_counter()
@@ -114,51 +123,70 @@ def main():
     parser.add_argument("--repeats", type=int, default=2, help="passes in each measurement")
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--no-baseline", action="store_true")
-    parser.add_argument("--json")
+    parser.add_argument("--minutes", type=float, default=60.0, help="for each model, from its first round on")
+    parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     arguments = parser.parse_args()
-    everything = {}
-    card = torch.cuda.get_device_name()
+    global DEVICE
+    DEVICE = arguments.device
+    card = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    document = dict(card=card, torch=torch.__version__, transformers=transformers.__version__, models={})
     print(f"{card}, torch {torch.__version__}, transformers {transformers.__version__}, medians of {arguments.rounds} rounds")
     print("| model, completion / prompt | rollouts/s | useful TFLOP/s | 8192³ | share | baseline rollouts/s | ratio |")
     print("|---|---|---|---|---|---|---|")
     for shape in arguments.models.split(","):
-        worker = Worker(arguments.worker, shape, arguments.batch_tokens)
-        baseline = None if arguments.no_baseline else Baseline(shape)
-        reports, rates = {name: [] for name, _ in CASES[shape]}, []
-        # More groups of a small model, which takes less time for each.
-        scale = 1 if shape == "qwen2-7b" else 4
-        for turn in range(arguments.rounds):
-            for name, case in CASES[shape]:
-                line = dict(case, groups=arguments.groups * scale, repeats=arguments.repeats, warm_up=1, stages=turn == 0)
-                reports[name].append(worker.measure(line))
-            if baseline:
-                groups = reports[USUAL[0]][-1]["groups"]["lengths"]
-                if turn == 0:
-                    baseline.rollouts_per_second(groups[:1])
-                rates.append(baseline.rollouts_per_second(groups))
-        worker.close()
-        median = lambda name, field: statistics.median(report[field] for report in reports[name])
-        for name, _ in CASES[shape]:
-            product = statistics.median(report["matrix_product"]["tflops"] for report in reports[name])
-            row = [f"{shape}, {name}", f"{median(name, 'rollouts_per_second'):.1f}", f"{median(name, 'useful_tflops'):.0f}",
-                   f"{product:.0f}", f"{median(name, 'share_of_matrix_product') * 100:.1f} %"]
-            if rates and name == USUAL[0]:
-                rate = statistics.median(rates)
-                row += [f"{rate:.1f}", f"{median(name, 'rollouts_per_second') / rate:.1f}"]
-            else:
-                row += ["", ""]
-            print("| " + " | ".join(row) + " |", flush=True)
-        first = reports[USUAL[0]][0]
-        sustained = first["matrix_product"]["sustained_tflops"]
-        print(f"\n{shape}: 8192³ for a second on end {sustained:.0f} TFLOP/s; stages of {USUAL[0]}:", flush=True)
-        for stage in first["stages"]:
-            print(f"    {stage['stage']:<14}{stage['ms_per_group']:>9.2f} ms a group{stage['share'] * 100:>7.1f} %")
-        everything[shape] = dict(reports=reports, baseline=rates)
-        del baseline
-        torch.cuda.empty_cache()
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(everything, file)
+        measure(arguments, shape, document)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
 
 
-main()
+def measure(arguments, shape, document):
+    worker = Worker(arguments.worker, shape, arguments.batch_tokens)
+    baseline = None if arguments.no_baseline else Baseline(shape)
+    usual = CASES[shape][0][0]
+    reports, rates = {name: [] for name, _ in CASES[shape]}, []
+    document["models"][shape] = dict(reports=reports, baseline=rates)
+    began = time.perf_counter()
+    for turn in range(arguments.rounds):
+        for name, case in CASES[shape]:
+            groups = arguments.groups * MORE_GROUPS.get(shape, 1)
+            line = dict(case, groups=groups, repeats=arguments.repeats, warm_up=1, stages=turn == 0)
+            reports[name].append(worker.measure(line))
+        if baseline:
+            groups = reports[usual][-1]["groups"]["lengths"]
+            if turn == 0:
+                baseline.rollouts_per_second(groups[:1])
+            rates.append(baseline.rollouts_per_second(groups))
+        if arguments.json:
+            with open(arguments.json, "w") as file:
+                json.dump(document, file)
+        elapsed = (time.perf_counter() - began) / 60
+        if elapsed * (turn + 2) / (turn + 1) > arguments.minutes and turn + 1 < arguments.rounds:
+            print(f"{shape}: {turn + 1} rounds took {elapsed:.1f} minutes, no more begin")
+            break
+    worker.close()
+    table(shape, usual, reports, rates)
+
+
+def table(shape, usual, reports, rates):
+    median = lambda name, field: statistics.median(report[field] for report in reports[name])
+    for name in reports:
+        product = statistics.median(report["matrix_product"]["tflops"] for report in reports[name])
+        row = [f"{shape}, {name}", f"{median(name, 'rollouts_per_second'):.1f}", f"{median(name, 'useful_tflops'):.0f}",
+               f"{product:.0f}", f"{median(name, 'share_of_matrix_product') * 100:.1f} %"]
+        if rates and name == usual:
+            rate = statistics.median(rates)
+            row += [f"{rate:.1f}", f"{median(name, 'rollouts_per_second') / rate:.1f}"]
+        else:
+            row += ["", ""]
+        print("| " + " | ".join(row) + " |", flush=True)
+    first = reports[usual][0]
+    if sustained := first["matrix_product"]["sustained_tflops"]:
+        print(f"\n{shape}: 8192³ for a second on end {sustained:.0f} TFLOP/s", flush=True)
+    print(f"stages of {shape}, {usual}:")
+    for stage in first["stages"]:
+        print(f"    {stage['stage']:<14}{stage['ms_per_group']:>9.2f} ms a group{stage['share'] * 100:>7.1f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,10 @@ use grail_ipc::messages::ChangeSet;
 use grail_model::checksum::{self, Checksums};
 use grail_model::measure::free_memory;
 use grail_model::weights::WeightFiles;
-use grail_model::{Changes, Device, LoadError, LoadOptions, Model, ModelConfig, ProofModel, Undo};
+use grail_model::{
+    ChangeError, Changes, Device, LoadError, LoadOptions, Model, ModelConfig, ProofModel, StagedChanges, Undo,
+    beside_proofs,
+};
 use grail_process::with_causes;
 use grail_protocol::ids::WeightsHash;
 use tracing::{debug, error, info, warn};
@@ -56,6 +59,12 @@ pub(crate) struct TorchReloader {
 impl Reloader for TorchReloader {
     fn prepare(&mut self, order: &ReloadOrder) -> Result<Box<dyn Prepared>, ComputeError> {
         let present = self.slot.model();
+        beside_proofs(present.device(), || self.prepare_beside(present, order))
+    }
+}
+
+impl TorchReloader {
+    fn prepare_beside(&self, present: ProofModel, order: &ReloadOrder) -> Result<Box<dyn Prepared>, ComputeError> {
         if let Some(sets) = way_by_changes(present.model(), order) {
             match self.by_changes(&present, order, sets) {
                 Ok(prepared) => return Ok(prepared),
@@ -143,14 +152,41 @@ impl TorchReloader {
             copy.model.confirm(order.weights, &wanted(order))?;
             return Ok(Box::new(Copied { from_changes: true, ..copy }));
         }
+        let before = model.checksums()?;
+        if let [changes] = changes.as_slice()
+            && let Some(staged) = self.staged(model, changes, (&before, &wanted(order)))?
+        {
+            let slot = Arc::clone(&self.slot);
+            return Ok(Box::new(StagedInPlace { slot, staged, before, weights: order.weights }));
+        }
         Ok(Box::new(InPlace {
             slot: Arc::clone(&self.slot),
             changes,
-            before: model.checksums()?,
+            before,
             wanted: wanted(order),
             weights: order.weights,
             from_changes: true,
         }))
+    }
+
+    /// Changes beside the weights, if they can be there and there is memory for them.
+    fn staged(
+        &self,
+        model: &Model,
+        changes: &Changes,
+        (before, wanted): (&Checksums, &Checksums),
+    ) -> Result<Option<StagedChanges>, Failure> {
+        if !changes.staged_bytes(model).is_some_and(|bytes| self.slot.has_room(model.device(), bytes)) {
+            return Ok(None);
+        }
+        match model.stage(changes, before, wanted) {
+            Ok(staged) => Ok(Some(staged)),
+            Err(ChangeError::Torch(error)) => {
+                info!(%error, "Changes cannot lie beside the weights; they are read when they are due.");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn by_folder(&self, present: &ProofModel, order: &ReloadOrder) -> Result<Box<dyn Prepared>, Failure> {
@@ -258,6 +294,55 @@ impl Prepared for Copied {
     }
 }
 
+/// Changes that lie beside the weights, and lead where they should.
+struct StagedInPlace {
+    slot: Arc<Slot>,
+    staged: StagedChanges,
+    /// Checksums of the old weights, to know whether they are back.
+    before: Checksums,
+    weights: WeightsHash,
+}
+
+impl Prepared for StagedInPlace {
+    fn weights(&self) -> WeightsHash {
+        self.weights
+    }
+
+    fn way(&self) -> Way {
+        Way { from_changes: true, in_shadow: false }
+    }
+
+    fn take_over(self: Box<Self>) -> Result<Retired, ComputeError> {
+        let slot = Arc::clone(&self.slot);
+        let mut held = slot.model.write().unwrap_or_else(PoisonError::into_inner);
+        let model = held.exclusive().ok_or_else(in_use)?;
+        match model.take(&self.staged, self.weights) {
+            Ok(()) => Ok(self),
+            Err(error @ ChangeError::OtherWeights { .. }) => Err(refused(&error)),
+            Err(error) => {
+                let back = model.give_back(&self.staged);
+                Err(taken_back(&error, back.map_err(Failure::from).and_then(|()| Ok(model.compare(&self.before)?))))
+            }
+        }
+    }
+}
+
+fn in_use() -> ComputeError {
+    ComputeError::Reload { detail: "the weights are in use elsewhere".to_owned() }
+}
+
+/// What a reload that failed has left, by whether the old weights are `back`.
+fn taken_back(error: &(dyn std::error::Error + 'static), back: Result<(), Failure>) -> ComputeError {
+    let reason = with_causes(error);
+    match back {
+        Ok(()) => ComputeError::Reload { detail: format!("{reason}; every change was taken back") },
+        Err(failure) => {
+            error!(error = reason, undo = with_causes(&*failure), "The old weights are lost.");
+            ComputeError::WeightsLost { detail: format!("{reason}; taking it back failed: {}", with_causes(&*failure)) }
+        }
+    }
+}
+
 /// Changes for the weights where they lie.
 struct InPlace {
     slot: Arc<Slot>,
@@ -281,7 +366,6 @@ impl Prepared for InPlace {
     fn take_over(self: Box<Self>) -> Result<Retired, ComputeError> {
         let slot = Arc::clone(&self.slot);
         let mut held = slot.model.write().unwrap_or_else(PoisonError::into_inner);
-        let in_use = || ComputeError::Reload { detail: "the weights are in use elsewhere".to_owned() };
         let model = held.exclusive().ok_or_else(in_use)?;
         let mut applied = Vec::with_capacity(self.changes.len());
         match self.change(model, &mut applied) {
@@ -313,19 +397,10 @@ impl InPlace {
         applied: Vec<(&Changes, Option<Undo>)>,
         error: &(dyn std::error::Error + 'static),
     ) -> ComputeError {
-        let reason = with_causes(error);
         let back = applied.into_iter().rev().try_for_each(|(changes, undo)| {
             let undo = undo.ok_or("there was no memory to keep the old bits")?;
             Ok::<_, Failure>(model.revert(changes, undo)?)
         });
-        match back.and_then(|()| Ok(model.compare(&self.before)?)) {
-            Ok(()) => ComputeError::Reload { detail: format!("{reason}; every change was taken back") },
-            Err(failure) => {
-                error!(error = reason, undo = with_causes(&*failure), "The old weights are lost.");
-                ComputeError::WeightsLost {
-                    detail: format!("{reason}; taking it back failed: {}", with_causes(&*failure)),
-                }
-            }
-        }
+        taken_back(error, back.and_then(|()| Ok(model.compare(&self.before)?)))
     }
 }

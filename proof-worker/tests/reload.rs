@@ -222,19 +222,26 @@ async fn without_memory_for_two_weights_change_in_place_or_not_at_all() {
     let order = checkpoints.order(1);
     assert_eq!(worker.client.stage(&order).await.unwrap(), old, "no second copy");
 
-    // Changes that are well-formed and wrong: found by the checksum, when every tensor is written already.
-    let path = checkpoints.path(1).join("changes.bin");
-    let right = std::fs::read(&path).unwrap();
-    let mut wrong = right.clone();
-    *wrong.last_mut().unwrap() ^= 1;
-    std::fs::write(checkpoints.path(1).join("wrong.bin"), wrong).unwrap();
-    let mut spoilt = order.clone();
-    spoilt.changes[0].file = checkpoints.path(1).join("wrong.bin").to_str().unwrap().to_owned();
-    let refused = failure(worker.client.reload(&spoilt).await.unwrap_err());
+    // Changes that are well-formed and wrong. A chain is written as it is read, and its checksum found wrong behind it.
+    let wrong = |to: usize| {
+        let mut bytes = std::fs::read(checkpoints.path(to).join("changes.bin")).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        let file = checkpoints.path(to).join("wrong.bin");
+        std::fs::write(&file, bytes).unwrap();
+        let mut spoilt = checkpoints.order(to);
+        spoilt.changes[to - 1].file = file.to_str().unwrap().to_owned();
+        spoilt
+    };
+    let refused = failure(worker.client.reload(&wrong(2)).await.unwrap_err());
     assert_eq!((refused.code.as_str(), refused.severity), ("reload_failed", Severity::Retryable));
     assert!(refused.detail.contains("has checksum") && refused.detail.contains("taken back"), "{}", refused.detail);
     assert_eq!(worker.proof(old).await, before);
     assert_eq!(worker.client.ping().await.unwrap().weights, Some(old));
+    // A single set is found wrong before anything is touched; the folder is tried then, which is another one's here.
+    let nothing_left = ReloadOrder { folder: checkpoints.path(2), ..wrong(1) };
+    let refused = failure(worker.client.reload(&nothing_left).await.unwrap_err());
+    assert!(refused.detail.contains("has checksum") && !refused.detail.contains("taken back"), "{}", refused.detail);
+    assert_eq!(worker.proof(old).await, before);
 
     // A folder that is not what was installed: found before anything is touched.
     let of_another = ReloadOrder { folder: checkpoints.path(2), changes: vec![], ..order.clone() };

@@ -15,6 +15,8 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -100,6 +102,36 @@ int grail_current_stream(int device, void **stream, char *error, size_t error_si
     return guarded(Text{error, error_size}, -1, [&] {
         const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
         *stream = guard.getStream(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device))).native_handle();
+        return 0;
+    });
+}
+
+// Directs what this thread orders on a GPU to the stream for loading, one for each GPU, on which no proof waits; `before` gets the
+// number of the stream that it went to.
+int grail_enter_loading_stream(int device, int64_t *before, char *error, size_t error_size) {
+    return guarded(Text{error, error_size}, -1, [&] {
+        static std::mutex mutex;
+        static std::map<int, c10::Stream> streams;
+        at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
+        const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+        const std::lock_guard<std::mutex> lock(mutex);
+        auto found = streams.find(device);
+        if (found == streams.end()) {
+            const c10::Device at(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
+            found = streams.emplace(device, guard.getStreamFromGlobalPool(at, /*isHighPriority=*/false)).first;
+        }
+        *before = guard.exchangeStream(found->second).pack3().stream_id;
+        return 0;
+    });
+}
+
+// Waits for the stream that this thread's orders go to, and directs them to the stream `before` again.
+int grail_leave_loading_stream(int device, int64_t before, char *error, size_t error_size) {
+    return guarded(Text{error, error_size}, -1, [&] {
+        const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+        const auto index = static_cast<c10::DeviceIndex>(device);
+        const c10::Stream stream = guard.exchangeStream(c10::Stream::unpack3(before, index, c10::DeviceType::CUDA));
+        stream.synchronize();
         return 0;
     });
 }

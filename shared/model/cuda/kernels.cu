@@ -7,6 +7,8 @@
 //   EPSILON                                           of the norms, a float
 //   HEAD_NORM                                         1 if queries and keys have norms of their own (Qwen3)
 //
+// Tests compile it for a CPU too, with ON_HOST defined: host.cpp.
+//
 // Rounding points are those of transformers' modeling code: every value that it stores in bfloat16 is rounded to bfloat16
 // here, also where it stays in a register.
 //
@@ -25,9 +27,13 @@ __device__ __forceinline__ float widen(bf16 x) { return __uint_as_float((u32)x <
 
 // To the nearest, ties to even; NaN stays NaN.
 __device__ __forceinline__ bf16 narrow(float x) {
+#ifdef ON_HOST
+    return host_narrow(x);
+#else
     bf16 y;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
+#endif
 }
 
 __device__ __forceinline__ float rounded(float x) { return widen(narrow(x)); }
@@ -94,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     float total = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < NORM_THREADS / WARP; warp++) total += sums[warp];
-    const float scale = rsqrtf(total / HIDDEN + EPSILON);
+    const float scale = rsqrtf(total * (1.0f / HIDDEN) + EPSILON);
 #pragma unroll
     for (int round = 0; round < NORM_ROUNDS; round++) {
         const int at = round * NORM_THREADS + threadIdx.x;
@@ -141,7 +147,7 @@ __device__ __forceinline__ void norm_head(HeadPart &part, const HeadPart &weight
 #pragma unroll
         for (int i = 0; i < 2; i++)
             squares += part.first[round][i] * part.first[round][i] + part.second[round][i] * part.second[round][i];
-    const float scale = rsqrtf(warp_sum(squares) / HEAD_DIM + EPSILON);
+    const float scale = rsqrtf(warp_sum(squares) * (1.0f / HEAD_DIM) + EPSILON);
 #pragma unroll
     for (int round = 0; round < PAIR_ROUNDS; round++)
 #pragma unroll
@@ -242,8 +248,8 @@ struct Softmax {
 
 __device__ __forceinline__ Softmax merged(Softmax a, Softmax b) {
     const float largest = fmaxf(a.largest, b.largest);
-    // Both may be empty: -inf - -inf is no number.
-    if (largest == __int_as_float(0xff800000)) return a;
+    // Both may be empty: -inf - -inf is no number. What poisons one of them must stay.
+    if (largest == __int_as_float(0xff800000)) return {largest, a.total + b.total};
     return {largest, a.total * expf(a.largest - largest) + b.total * expf(b.largest - largest)};
 }
 

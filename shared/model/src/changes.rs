@@ -36,13 +36,13 @@ enum Source {
 
 /// What happens to one tensor.
 #[derive(Debug)]
-struct Edit {
-    tensor: String,
-    kind: Kind,
+pub(crate) struct Edit {
+    pub tensor: String,
+    pub kind: Kind,
     /// Bytes of an element in the file.
     width: usize,
     /// Elements that are named; unset = all of them, in order.
-    indexed: Option<usize>,
+    pub indexed: Option<usize>,
 }
 
 /// Old bits of what was changed, in host memory.
@@ -122,11 +122,20 @@ impl Changes {
         self.edits.iter().map(|edit| self.element_count(edit) as u64).sum()
     }
 
-    fn element_count(&self, edit: &Edit) -> usize {
+    pub(crate) fn edits(&self) -> &[Edit] {
+        &self.edits
+    }
+
+    /// Whether it is some elements of weights that stay otherwise, and not a folder.
+    pub(crate) const fn is_set(&self) -> bool {
+        matches!(self.source, Source::Set(_))
+    }
+
+    pub(crate) fn element_count(&self, edit: &Edit) -> usize {
         edit.indexed.unwrap_or_else(|| self.values(edit).len() / edit.width)
     }
 
-    fn values(&self, edit: &Edit) -> &[u8] {
+    pub(crate) fn values(&self, edit: &Edit) -> &[u8] {
         let prefix = if edit.indexed.is_some() { "value" } else { "whole" };
         match &self.source {
             Source::Set(file) => file.tensor(&format!("{prefix}/{}", edit.tensor)).map(|view| view.bytes),
@@ -135,7 +144,7 @@ impl Changes {
         .unwrap_or_default()
     }
 
-    fn index(&self, edit: &Edit) -> &[u8] {
+    pub(crate) fn index(&self, edit: &Edit) -> &[u8] {
         match &self.source {
             Source::Set(file) => file.tensor(&format!("index/{}", edit.tensor)).map(|view| view.bytes),
             Source::Folder(_) => None,
@@ -308,7 +317,7 @@ impl Model {
         Ok(())
     }
 
-    fn exclusive_places(&mut self) -> Result<BTreeMap<String, Tensor>, TchError> {
+    pub(crate) fn exclusive_places(&mut self) -> Result<BTreeMap<String, Tensor>, TchError> {
         self.network_mut().places()
     }
 }
@@ -320,12 +329,12 @@ fn file_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     shapes
 }
 
-fn steps(count: usize) -> impl Iterator<Item = Range<usize>> {
+pub(crate) fn steps(count: usize) -> impl Iterator<Item = Range<usize>> {
     (0..count).step_by(STEP).map(move |first| first..count.min(first + STEP))
 }
 
 /// The same elements as integers: copies of a number that is none must keep their bits.
-fn bits_of(tensor: &Tensor) -> Result<Tensor, TchError> {
+pub(crate) fn bits_of(tensor: &Tensor) -> Result<Tensor, TchError> {
     tensor.f_view_dtype(if tensor.kind().elt_size_in_bytes() == 2 { Kind::Int16 } else { Kind::Int })
 }
 

@@ -176,6 +176,62 @@ fn changes_lead_to_what_loading_the_target_gives_and_back() {
 }
 
 #[test]
+fn staged_changes_are_checked_before_they_touch_anything_and_lead_there_and_back() {
+    for golden in golden_models() {
+        for (file, held) in [
+            (FileDtype::Bf16, Dtype::Bf16),
+            (FileDtype::Bf16, Dtype::F32),
+            (FileDtype::F32, Dtype::F32),
+            (FileDtype::F16, Dtype::F32),
+        ] {
+            let step = Step::new(&golden, file);
+            let (mut model, target) = (load(&step.base, held), load(&step.target, held));
+            let (bits_before, hash) = (bits(&model), model.weights_hash());
+            let (before, wanted) = (model.checksums().unwrap(), step.checksums());
+            let changes = Changes::open(&step.changes, &model).unwrap();
+            let room = changes.staged_bytes(&model).unwrap();
+            assert!(room >= changes.elements() * 2 * model.dtype().kind().elt_size_in_bytes() as u64);
+
+            let mut other = wanted.clone();
+            *other.values_mut().next().unwrap() ^= 1;
+            for (before, wanted) in [(&before, &other), (&wanted, &wanted)] {
+                let refused = model.stage(&changes, before, wanted).unwrap_err();
+                assert!(matches!(refused, ChangeError::Checksum(ChecksumError::Differs { .. })), "{refused}");
+            }
+            let staged = model.stage(&changes, &before, &wanted).unwrap();
+            assert_eq!((bits(&model), model.weights_hash()), (bits_before.clone(), hash), "nothing was touched");
+
+            model.take(&staged, target.weights_hash()).unwrap();
+            assert_eq!((bits(&model), model.weights_hash()), (bits(&target), target.weights_hash()));
+            model.compare(&wanted).unwrap();
+            let again = model.take(&staged, hash).unwrap_err();
+            assert!(matches!(again, ChangeError::OtherWeights { .. }), "{again}");
+            model.give_back(&staged).unwrap();
+            assert_eq!((bits(&model), model.weights_hash()), (bits_before, hash));
+        }
+    }
+}
+
+#[test]
+fn folders_and_second_names_of_the_embedding_are_not_staged() {
+    let golden = grail_golden::path("models/qwen2-tied");
+    let model = load(&golden, Dtype::Bf16);
+    assert_eq!(Changes::from_folder(&golden, &model).unwrap().staged_bytes(&model), None);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("changes");
+    write(&path, &[index(&[0]), entry("value/model.norm.weight", FileDtype::Bf16, &[1], &[0; 2])]).unwrap();
+    // A position of four bytes, old and new bits of two.
+    assert_eq!(Changes::open(&path, &model).unwrap().staged_bytes(&model), Some(8));
+    let head = |part: &str| format!("{part}/{}", crate::weights::HEAD);
+    let mut model = model;
+    model.dtypes.insert(crate::weights::HEAD.to_owned(), FileDtype::Bf16);
+    let of_head =
+        [entry(&head("index"), INDEX_DTYPE, &[1], &[0; 4]), entry(&head("value"), FileDtype::Bf16, &[1], &[0; 2])];
+    write(&path, &of_head).unwrap();
+    assert_eq!(Changes::open(&path, &model).unwrap().staged_bytes(&model), None);
+}
+
+#[test]
 fn a_tied_output_matrix_in_the_files_changes_with_its_embedding() {
     let golden = grail_golden::path("models/qwen2-tied");
     let folder = tempfile::tempdir().unwrap();

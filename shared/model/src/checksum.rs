@@ -204,7 +204,7 @@ fn device_sum(tensor: &Tensor, encoding: Encoding, weights: &Tensor) -> Result<T
 }
 
 /// Bits of the elements as they are in the file, in 64-bit integers.
-fn device_bits(piece: &Tensor, encoding: Encoding) -> Result<Tensor, TchError> {
+pub(crate) fn device_bits(piece: &Tensor, encoding: Encoding) -> Result<Tensor, TchError> {
     let wide = |kind: Kind| piece.f_view_dtype(kind)?.f_to_kind(Kind::Int64);
     match encoding {
         Encoding::Same1 => wide(Kind::Uint8),

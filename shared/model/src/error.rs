@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use grail_protocol::ids::WeightsHash;
 use tch::TchError;
 
 use crate::config::ConfigError;
@@ -100,6 +101,15 @@ pub enum ChangeError {
     /// A tensor's entries do not fit the model or each other.
     #[error("{path}: changes of tensor {tensor}: {detail}")]
     Tensor { path: PathBuf, tensor: String, detail: String },
+    /// They lead to other weights than those that are wanted.
+    #[error(transparent)]
+    Checksum(#[from] ChecksumError),
+    /// Changes were made ready beside other weights than those that are there.
+    #[error("changes of weights {staged} were made ready, weights {loaded} are loaded")]
+    OtherWeights { staged: WeightsHash, loaded: WeightsHash },
+    /// The weights are not what was just written.
+    #[error("weights differ from the changes that were written to them")]
+    NotWritten,
     #[error(transparent)]
     Torch(#[from] TorchError),
 }

@@ -54,14 +54,19 @@ pub(crate) fn cuda_memory(device: Option<usize>) -> Option<(usize, usize)> {
     // `cudaError_t` is a C enum.
     let mem_get_info = unsafe { std::mem::transmute::<*mut libc::c_void, MemGetInfo>(mem_get_info) };
     let mut before = 0;
+    // Only if it is another one: choosing a device makes a context on it, which takes its memory.
+    let mut is_other = false;
     if let Some(device) = device {
         let (get, set) = (runtime_symbol(c"cudaGetDevice")?, runtime_symbol(c"cudaSetDevice")?);
+        let device = libc::c_int::try_from(device).ok()?;
         // SAFETY: `cudaError_t cudaGetDevice(int*)` and `cudaError_t cudaSetDevice(int)`, as above; the pointer is valid for a
         // write during the call.
         let status = unsafe {
             let get = std::mem::transmute::<*mut libc::c_void, GetDevice>(get);
             let set = std::mem::transmute::<*mut libc::c_void, SetDevice>(set);
-            get(&raw mut before).max(set(libc::c_int::try_from(device).ok()?))
+            let status = get(&raw mut before);
+            is_other = before != device;
+            if status == 0 && is_other { set(device) } else { status }
         };
         if status != 0 {
             return None;
@@ -70,7 +75,7 @@ pub(crate) fn cuda_memory(device: Option<usize>) -> Option<(usize, usize)> {
     let (mut free, mut total) = (0, 0);
     // SAFETY: both pointers are valid for writes during the call.
     let status = unsafe { mem_get_info(&raw mut free, &raw mut total) };
-    if device.is_some() {
+    if is_other {
         let set = runtime_symbol(c"cudaSetDevice")?;
         // SAFETY: as above; the number is one that the runtime gave.
         unsafe { std::mem::transmute::<*mut libc::c_void, SetDevice>(set)(before) };

@@ -4,6 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use tch::{Device, Kind, TchError, Tensor};
 
+use crate::cuda::on_loading_stream;
 use crate::ffi;
 
 /// Bytes that one step moves to a GPU: a page-locked transfer of this size runs at full speed, and a proof that shares the device
@@ -45,7 +46,8 @@ pub(crate) fn fill(fills: Vec<Fill<'_>>) -> Result<(), TchError> {
     let threads = crate::device::host_threads().min(MOST_THREADS).min(steps.len());
     let steps = Mutex::new(steps.into_iter());
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| take_steps(&steps, device, step_bytes))).collect();
+        let work = || on_loading_stream(device, || take_steps(&steps, device, step_bytes));
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         workers
             .into_iter()
             .try_for_each(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))

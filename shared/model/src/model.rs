@@ -7,6 +7,7 @@ use grail_protocol::ids::{TokenId, WeightsHash};
 use tch::{Kind, Tensor};
 
 use crate::config::ModelConfig;
+use crate::cuda::beside_proofs;
 use crate::device::{Device, Dtype};
 use crate::error::{LoadError, TorchError};
 use crate::ffi::Frozen;
@@ -69,7 +70,10 @@ impl Model {
         files.check(&config)?;
         let weights_hash = options.known_hash.unwrap_or_else(|| files.hash());
         let dtype = options.dtype.unwrap_or_else(|| options.device.default_dtype());
-        let network = tch::no_grad(|| read_network(config, &files, (dtype.kind(), options.device.torch())))?;
+        // Also at the start: what libtorch allocated for one stream it does not give to another, and the next model is loaded here.
+        let network = beside_proofs(options.device, || {
+            tch::no_grad(|| read_network(config, &files, (dtype.kind(), options.device.torch())))
+        })?;
         tracing::info!(
             folder = %folder.display(),
             device = %options.device,
@@ -97,7 +101,9 @@ impl Model {
         options.device.check()?;
         let dtype = options.dtype.unwrap_or_else(|| options.device.default_dtype());
         tch::manual_seed(seed.into());
-        let network = tch::no_grad(|| random_network(config, options.device.torch(), dtype.kind()))?;
+        let network = beside_proofs(options.device, || {
+            tch::no_grad(|| random_network(config, options.device.torch(), dtype.kind()))
+        })?;
         let mut dtypes = BTreeMap::new();
         network.visit_hf(&mut |name, _| {
             dtypes.insert(name, dtype.file());

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::config::{Architecture, ModelConfig};
+use crate::cuda::beside_proofs;
 use crate::error::LoadError;
 use crate::ffi::Frozen;
 use crate::layers::{Layer, Linear, Network, RmsNorm};
@@ -137,6 +138,19 @@ impl Network {
     }
 }
 
+impl Network {
+    fn copy(&self) -> Result<Self, TchError> {
+        let copy = Self::unfilled(self.config.clone(), (self.kind, self.device))?;
+        for ((name, mut to), source) in copy.places()?.into_iter().zip(self.places()?.into_values()) {
+            // A tied output matrix is the embedding, which has its own turn.
+            if !(self.config.tie_word_embeddings && name == HEAD) {
+                to.f_copy_(&source)?;
+            }
+        }
+        Ok(copy)
+    }
+}
+
 impl Model {
     /// Bytes of the weights where they lie, a tied output matrix once.
     #[must_use]
@@ -149,18 +163,7 @@ impl Model {
     /// # Errors
     /// [`LoadError::Torch`] for want of memory.
     pub fn copy(&self) -> Result<Self, LoadError> {
-        let network = tch::no_grad(|| {
-            let from = self.network();
-            let copy = Network::unfilled(from.config.clone(), (from.kind, from.device))?;
-            let is_tied = from.config.tie_word_embeddings;
-            for ((name, mut to), source) in copy.places()?.into_iter().zip(from.places()?.into_values()) {
-                // A tied output matrix is the embedding, which has its own turn.
-                if !(is_tied && name == HEAD) {
-                    to.f_copy_(&source)?;
-                }
-            }
-            Ok::<_, TchError>(copy)
-        })?;
+        let network = beside_proofs(self.device(), || tch::no_grad(|| self.network().copy()))?;
         Ok(self.with_network(Frozen::new(network)))
     }
 

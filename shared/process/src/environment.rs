@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use grail_telemetry::is_secret_name;
 
 /// Variables that every child may inherit; an entry that ends in `*` is a beginning.
-pub const HARMLESS: [&str; 24] = [
+pub const HARMLESS: [&str; 25] = [
     "PATH",
     "HOME",
     "USER",
@@ -15,6 +15,7 @@ pub const HARMLESS: [&str; 24] = [
     "LC_*",
     "TZ",
     "TMPDIR",
+    "XDG_CACHE_HOME",
     "NO_COLOR",
     "RUST_BACKTRACE",
     "RUST_LIB_BACKTRACE",

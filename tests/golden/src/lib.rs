@@ -12,10 +12,14 @@ use serde::de::DeserializeOwned;
 /// Variable that names the folder for the records; unset means that no record is kept.
 pub const REPORT_DIR_VARIABLE: &str = "GRAIL_VECTOR_REPORT_DIR";
 
+/// Variable that names the vectors' folder for tests that run on another machine than they were built on.
+pub const FOLDER_VARIABLE: &str = "GRAIL_GOLDEN_DIR";
+
 /// The folder `tests/vectors`.
 #[must_use]
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../vectors")
+    let given = std::env::var_os(FOLDER_VARIABLE).filter(|folder| !folder.is_empty());
+    given.map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../vectors"), PathBuf::from)
 }
 
 /// Path of one vector file or folder, relative to `tests/vectors`.

@@ -56,11 +56,10 @@ fn c_strings(options: &[String]) -> Result<Vec<CString>, String> {
 
 /// The compiler that belongs to that torch. `libcaffe2_nvrtc.so` is torch's own binding to it and knows where it lies.
 fn compiler(libraries: &Path) -> Result<Compiler, String> {
-    let places = [
-        libraries.join("libcaffe2_nvrtc.so"),
-        libraries.join("../../nvidia/cu13/lib/libnvrtc.so.13"),
-        PathBuf::from("libnvrtc.so.13"),
-    ];
+    let beside = libraries.join("../../nvidia/cu13/lib");
+    // The compiler asks for its other half by name and looks beside itself only if torch's binding loaded it.
+    Compiler::preload(&beside.join("libnvrtc-builtins.so.13.0"));
+    let places = [libraries.join("libcaffe2_nvrtc.so"), beside.join("libnvrtc.so.13"), PathBuf::from("libnvrtc.so.13")];
     let mut problems = Vec::new();
     for place in places {
         match Compiler::load(&place) {

@@ -10,6 +10,8 @@ use std::sync::OnceLock;
 
 use tch::{TchError, Tensor};
 
+use super::kernels::Shape;
+
 /// Longest text that the shim and the driver are asked for, in bytes.
 const TEXT_BYTES: usize = 4096;
 
@@ -184,7 +186,7 @@ impl Context {
             let status = unsafe { grail_current_stream(device, &raw mut stream, error.as_mut_ptr(), error.len()) };
             (status == 0).then_some(())
         })?;
-        Ok(Stream(stream))
+        Ok(Stream { stream, context: self.context })
     }
 }
 
@@ -208,9 +210,20 @@ impl Module {
     }
 }
 
-/// A stream of libtorch's; valid as long as libtorch, which never destroys them.
+/// A stream of libtorch's with the context of its device; valid as long as libtorch, which never destroys them.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Stream(*mut c_void);
+pub(crate) struct Stream {
+    stream: *mut c_void,
+    context: *mut c_void,
+}
+
+impl Stream {
+    /// Makes the stream's context this thread's: libtorch leaves behind the device that it found, which may be another one.
+    fn enter(self, driver: &Driver) -> Result<(), TchError> {
+        // SAFETY: the context was retained and never released.
+        driver.check(unsafe { (driver.set_context)(self.context) }, "enter the context")
+    }
+}
 
 /// A kernel.
 #[derive(Debug, Clone, Copy)]
@@ -234,16 +247,16 @@ impl Function {
     ///
     /// # Safety
     /// The arguments are those that the kernel declares, in number and kind; the memory behind the addresses is as large as the
-    /// kernel uses, lives until the stream has passed the kernel, and is written by nobody else meanwhile. The kernel's context is
-    /// this thread's.
+    /// kernel uses, lives until the stream has passed the kernel, and is written by nobody else meanwhile. Kernel and stream are of
+    /// one context.
     pub(crate) unsafe fn launch(
         self,
-        (columns, lines): (u32, u32),
-        threads: u32,
+        Shape { blocks: (columns, lines), threads }: Shape,
         arguments: &[Argument],
         stream: Stream,
     ) -> Result<(), TchError> {
         let driver = Driver::get()?;
+        stream.enter(driver)?;
         let mut places: Vec<*mut c_void> = arguments
             .iter()
             .map(|argument| match argument {
@@ -253,7 +266,7 @@ impl Function {
             .collect();
         // SAFETY: the driver copies the arguments before it returns; the rest is the caller's promise.
         let status = unsafe {
-            (driver.launch)(self.0, columns, lines, 1, threads, 1, 1, 0, stream.0, places.as_mut_ptr(), null_mut())
+            (driver.launch)(self.0, columns, lines, 1, threads, 1, 1, 0, stream.stream, places.as_mut_ptr(), null_mut())
         };
         driver.check(status, "launch a kernel")
     }
@@ -267,15 +280,16 @@ pub(crate) struct Event(*mut c_void);
 unsafe impl Send for Event {}
 
 impl Event {
-    /// Marks what `stream` holds so far; the stream's context is this thread's.
+    /// Marks what `stream` holds so far.
     pub(crate) fn record(stream: Stream) -> Result<Self, TchError> {
         let driver = Driver::get()?;
+        stream.enter(driver)?;
         let mut event = null_mut();
         // SAFETY: the pointer is valid for the write.
         driver.check(unsafe { (driver.event_create)(&raw mut event, EVENT_WITHOUT_TIMING) }, "create an event")?;
         let event = Self(event);
         // SAFETY: the event was just created in the stream's context.
-        driver.check(unsafe { (driver.event_record)(event.0, stream.0) }, "record an event")?;
+        driver.check(unsafe { (driver.event_record)(event.0, stream.stream) }, "record an event")?;
         Ok(event)
     }
 
@@ -325,6 +339,13 @@ pub(crate) struct Compiler {
 }
 
 impl Compiler {
+    /// Loads a library that the compiler will look for by name; without it the compiler says what it misses.
+    pub(crate) fn preload(library: &Path) {
+        if let Err(reason) = Library::open(library) {
+            tracing::debug!(reason, "Part of the run-time compiler is not where torch's wheels have it.");
+        }
+    }
+
     /// # Errors
     /// Why the library cannot be used.
     pub(crate) fn load(library: &Path) -> Result<Self, String> {
@@ -434,6 +455,8 @@ unsafe extern "C" {
         error_size: usize,
     ) -> *mut c_void;
     fn grail_current_stream(device: c_int, stream: *mut *mut c_void, error: *mut c_char, error_size: usize) -> c_int;
+    fn grail_enter_loading_stream(device: c_int, before: *mut i64, error: *mut c_char, error_size: usize) -> c_int;
+    fn grail_leave_loading_stream(device: c_int, before: i64, error: *mut c_char, error_size: usize) -> c_int;
     fn grail_default_matrix_products(error: *mut c_char, error_size: usize) -> c_int;
 }
 
@@ -524,6 +547,42 @@ pub(crate) fn upload(values: &[i32], device: usize) -> Result<Tensor, TchError> 
         // SAFETY: a pointer that is not null is of a tensor that the shim made for us.
         (!result.is_null()).then(|| unsafe { Tensor::from_ptr(result.cast()) })
     })
+}
+
+/// A thread whose orders to a GPU go to the stream for loading.
+#[derive(Debug)]
+pub(crate) struct OnLoadingStream {
+    device: c_int,
+    before: i64,
+}
+
+impl OnLoadingStream {
+    /// # Errors
+    /// libtorch's text.
+    pub(crate) fn enter(device: usize) -> Result<Self, TchError> {
+        let device = c_int::try_from(device).map_err(|error| TchError::Torch(error.to_string()))?;
+        let mut before = 0;
+        with_error(|error| {
+            // SAFETY: both pointers are valid for writes of their sizes during the call.
+            let status = unsafe { grail_enter_loading_stream(device, &raw mut before, error.as_mut_ptr(), TEXT_BYTES) };
+            (status == 0).then_some(Self { device, before })
+        })
+    }
+}
+
+impl Drop for OnLoadingStream {
+    fn drop(&mut self) {
+        let left = with_error(|error| {
+            // SAFETY: the buffer is valid for writes of its size; the number is of a stream of that device.
+            let status =
+                unsafe { grail_leave_loading_stream(self.device, self.before, error.as_mut_ptr(), TEXT_BYTES) };
+            (status == 0).then_some(())
+        });
+        if let Err(error) = left {
+            // Whoever uses the device next meets the same error.
+            tracing::debug!(%error, "The stream for loading ended with an error.");
+        }
+    }
 }
 
 /// Sets matrix products in bfloat16 to what Python's torch has by default.

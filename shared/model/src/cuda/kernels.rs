@@ -14,7 +14,7 @@ use crate::config::{Architecture, ModelConfig};
 const VECTOR: i64 = 8;
 const WARP: i64 = 32;
 const SILU_THREADS: i64 = 256;
-const CHOOSE_THREADS: u32 = 512;
+const CHOOSE_THREADS: i64 = 512;
 /// Activations whose buckets make a sketch.
 pub(crate) const TOP: i64 = grail_protocol::constants::PROOF_TOPK as i64;
 
@@ -60,7 +60,8 @@ impl Dimensions {
         Ok(found)
     }
 
-    fn macros(&self) -> Vec<String> {
+    /// What the source is compiled with.
+    pub(super) fn macros(&self) -> Vec<String> {
         vec![
             format!("HIDDEN={}", self.hidden),
             format!("HEADS={}", self.heads),
@@ -78,14 +79,46 @@ impl Dimensions {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
 
-    fn norm_threads(&self) -> u32 {
-        threads((pieces(pieces(self.hidden / VECTOR, 2), WARP) * WARP).min(1024))
+    /// One block a row.
+    fn by_row(rows: i64, width: i64) -> Result<Shape, TchError> {
+        Ok(Shape { blocks: (grid(rows)?, 1), threads: threads(width) })
     }
 
-    /// Rows that one block of the selection takes, as many as fit its memory.
-    fn select_warps(&self) -> i64 {
-        (49_152 / (self.hidden * 2 + 64)).min(4)
+    pub(super) fn residual_norm(&self, rows: i64) -> Result<Shape, TchError> {
+        Self::by_row(rows, (pieces(pieces(self.hidden / VECTOR, 2), WARP) * WARP).min(1024))
     }
+
+    pub(super) fn rotate_queries(&self, rows: i64) -> Result<Shape, TchError> {
+        Self::by_row(rows, self.heads.min(4) * WARP)
+    }
+
+    pub(super) fn gather_keys(&self, key_rows: i64) -> Result<Shape, TchError> {
+        Self::by_row(key_rows, self.kv_heads * WARP)
+    }
+
+    pub(super) fn silu_up(&self, rows: i64) -> Result<Shape, TchError> {
+        let lines = grid(pieces(self.inner / VECTOR, SILU_THREADS))?;
+        Ok(Shape { blocks: (grid(rows)?, lines), threads: threads(SILU_THREADS) })
+    }
+
+    pub(super) fn choose(rows: i64) -> Result<Shape, TchError> {
+        Self::by_row(rows, CHOOSE_THREADS)
+    }
+
+    /// As many rows to a block as fit its memory.
+    pub(super) fn select_buckets(&self, rows: i64) -> Result<Shape, TchError> {
+        let warps = (49_152 / (self.hidden * 2 + 64)).min(4);
+        Self::by_row(pieces(rows, warps), warps * WARP)
+    }
+}
+
+/// Blocks and threads of a launch, as the kernels count on them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// Columns and lines of the grid.
+    pub blocks: (u32, u32),
+    /// Of one block.
+    pub threads: u32,
 }
 
 /// Pieces of `size` that cover `whole`.
@@ -184,7 +217,7 @@ impl Kernels {
         // SAFETY: `residual_norm(x, addend, weight, out)` reads and writes `rows` rows of `hidden` bf16 values and the weight's,
         // which is what was just checked; libtorch's allocator frees memory in the order of the stream.
         // JUSTIFICATION: one pass over memory instead of seven; the norms are 6 % of a forward pass otherwise.
-        unsafe { self.residual_norm.launch((grid(rows)?, 1), self.dimensions.norm_threads(), &arguments, lane.0) }
+        unsafe { self.residual_norm.launch(self.dimensions.residual_norm(rows)?, &arguments, lane.0) }
     }
 
     /// Norm (where there is one) and rotation of the queries of `qkv`, in place.
@@ -200,11 +233,10 @@ impl Kernels {
         let rows = self.rows(qkv)?;
         let [cos, sin, weight] = self.angles(angles, rows, weight)?;
         let arguments = [self.bf16(qkv, &[rows, self.dimensions.qkv()])?, cos, sin, weight];
-        let warps = self.dimensions.heads.min(4);
         // SAFETY: `rotate_queries(qkv, cos, sin, weight)` touches `rows` rows of each, which is what was just checked, and the
         // weight only if the kernels were compiled with norms of heads, in which case `angles` made sure that there is one.
         // JUSTIFICATION: rotation by libtorch's operations reads and writes the projection seven times.
-        unsafe { self.rotate_queries.launch((grid(rows)?, 1), threads(warps * WARP), &arguments, lane.0) }
+        unsafe { self.rotate_queries.launch(self.dimensions.rotate_queries(rows)?, &arguments, lane.0) }
     }
 
     /// Keys, with norm and rotation, and values of the rows `sources` of `qkv`.
@@ -234,7 +266,7 @@ impl Kernels {
         // SAFETY: `gather_keys(qkv, source, cos, sin, weight, out)` writes `key_rows` rows of `out` and reads rows of the rest that
         // `sources` names; sizes were just checked, and the numbers are those of `Layout`, which bounds them.
         // JUSTIFICATION: as for the queries; libtorch would also gather in two more passes.
-        unsafe { self.gather_keys.launch((grid(key_rows)?, 1), threads(kv_heads * WARP), &arguments, lane.0) }
+        unsafe { self.gather_keys.launch(self.dimensions.gather_keys(key_rows)?, &arguments, lane.0) }
     }
 
     /// `silu(gate) · up`.
@@ -243,10 +275,9 @@ impl Kernels {
     pub(crate) fn silu_up(&self, lane: Lane, gate_up: &Tensor, out: &Tensor) -> Result<(), TchError> {
         let (rows, inner) = (self.rows(gate_up)?, self.dimensions.inner);
         let arguments = [self.bf16(gate_up, &[rows, 2 * inner])?, self.bf16(out, &[rows, inner])?];
-        let blocks = grid(pieces(inner / VECTOR, SILU_THREADS))?;
         // SAFETY: `silu_up(gate_up, out)` touches `rows` rows of both, which is what was just checked.
         // JUSTIFICATION: one pass instead of two over the widest activations.
-        unsafe { self.silu_up.launch((grid(rows)?, blocks), threads(SILU_THREADS), &arguments, lane.0) }
+        unsafe { self.silu_up.launch(self.dimensions.silu_up(rows)?, &arguments, lane.0) }
     }
 
     /// Log-softmax at the chosen tokens, and the probability of EOS where one is asked for.
@@ -271,7 +302,7 @@ impl Kernels {
         // SAFETY: `choose(logits, targets, eos, logprobs, eos_probabilities)` touches `rows` rows of each, which is what was just
         // checked, at columns that the request's check bounds.
         // JUSTIFICATION: libtorch writes and reads a row of 600 kB in f32 for one number of it.
-        unsafe { self.choose.launch((grid(rows)?, 1), CHOOSE_THREADS, &arguments, lane.0) }
+        unsafe { self.choose.launch(Dimensions::choose(rows)?, &arguments, lane.0) }
     }
 
     /// Buckets of the largest activations; see the kernel for rows that are not finite.
@@ -284,11 +315,9 @@ impl Kernels {
             self.checked(buckets, Kind::Int8, &[rows, TOP])?,
             Argument::Int(i32::try_from(rows).map_err(|_| TchError::Shape(format!("{rows} rows")))?),
         ];
-        let warps = self.dimensions.select_warps();
-        let blocks = grid(pieces(rows, warps))?;
         // SAFETY: `select_buckets(hidden, buckets, rows)` touches `rows` rows of both, which is what was just checked.
         // JUSTIFICATION: libtorch's `topk` promises nothing about equal magnitudes, and needs integer keys four times as wide.
-        unsafe { self.select_buckets.launch((blocks, 1), threads(warps * WARP), &arguments, lane.0) }
+        unsafe { self.select_buckets.launch(self.dimensions.select_buckets(rows)?, &arguments, lane.0) }
     }
 
     fn angles(

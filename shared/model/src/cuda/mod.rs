@@ -10,6 +10,10 @@ mod ffi;
 mod forward;
 #[cfg(test)]
 mod gpu_tests;
+#[cfg(test)]
+mod host_tests;
+#[cfg(test)]
+mod kernel_tests;
 mod kernels;
 mod layout;
 mod workspace;
@@ -49,6 +53,24 @@ pub(crate) struct Engine {
     workspace: Mutex<Workspace>,
     /// Most rows of a batch for which memory suffices, as far as is known.
     most_rows: AtomicUsize,
+}
+
+/// Runs `work`, and returns when a GPU has done what it ordered there. Its orders go to a stream of their own: in the stream of the
+/// proofs each would wait for the batches that are queued, and the host with it.
+///
+/// It may read weights that are proved with, but must not change them.
+pub fn beside_proofs<T>(device: Device, work: impl FnOnce() -> T) -> T {
+    on_loading_stream(device.torch(), work)
+}
+
+/// As [`beside_proofs`].
+pub(crate) fn on_loading_stream<T>(device: tch::Device, work: impl FnOnce() -> T) -> T {
+    let tch::Device::Cuda(index) = device else { return work() };
+    let stream = ffi::OnLoadingStream::enter(index)
+        .inspect_err(|error| tracing::debug!(%error, "No stream for loading; it takes turns with the proofs."));
+    let result = work();
+    drop(stream);
+    result
 }
 
 /// The engine of a GPU and a model shape; made at the first call, which says once how it will compute.

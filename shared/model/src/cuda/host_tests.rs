@@ -1,0 +1,176 @@
+//! The kernels' source, compiled for the host and held against the composition: what can be shown without a GPU.
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use tch::{Device, Tensor};
+
+use super::kernel_tests::{self, Subject, config};
+use super::kernels::{Angles, Dimensions, Shape};
+use crate::config::{Architecture, ModelConfig};
+use crate::ffi::host_bytes;
+
+/// `cuda/host.cpp` compiled for one model shape.
+struct Host {
+    dimensions: Dimensions,
+    program: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+/// An argument of a kernel.
+enum Word<'t> {
+    Memory(&'t Tensor),
+    Null,
+    Int(i64),
+}
+
+impl<'t> Word<'t> {
+    fn or_null(tensor: Option<&'t Tensor>) -> Self {
+        tensor.map_or(Self::Null, Self::Memory)
+    }
+}
+
+impl Host {
+    fn of(config: &ModelConfig) -> Self {
+        tch::manual_seed(11);
+        let dimensions = Dimensions::of(config).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("host");
+        // What the build of this crate needs too.
+        let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda/host.cpp");
+        let definitions = dimensions.macros().into_iter().map(|definition| format!("-D{definition}"));
+        let output = Command::new(compiler)
+            .args(["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"])
+            .args(definitions)
+            .arg(source)
+            .arg("-o")
+            .arg(&program)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Self { dimensions, program, _folder: folder }
+    }
+
+    /// Runs a kernel over tensors in host memory, which it changes.
+    fn run(&self, kernel: &str, Shape { blocks: (columns, lines), threads }: Shape, words: &[Word<'_>]) {
+        let text = |word: &Word<'_>| match word {
+            Word::Memory(tensor) => format!("bytes:{}", host_bytes(tensor).unwrap().len()),
+            Word::Null => "null".to_owned(),
+            Word::Int(value) => format!("int:{value}"),
+        };
+        let mut child = Command::new(&self.program)
+            .args([kernel.to_owned(), columns.to_string(), lines.to_string(), threads.to_string()])
+            .args(words.iter().map(text))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let tensors: Vec<&Tensor> = words
+            .iter()
+            .filter_map(|word| if let Word::Memory(tensor) = word { Some(*tensor) } else { None })
+            .collect();
+        let mut input = child.stdin.take().unwrap();
+        for tensor in &tensors {
+            input.write_all(host_bytes(tensor).unwrap()).unwrap();
+        }
+        drop(input);
+        let mut output = child.stdout.take().unwrap();
+        for tensor in &tensors {
+            let mut bytes = vec![0; host_bytes(tensor).unwrap().len()];
+            output.read_exact(&mut bytes).unwrap();
+            let changed = Tensor::from_data_size(&bytes, &tensor.size(), tensor.kind());
+            tensor.shallow_clone().copy_(&changed);
+        }
+        assert!(child.wait().unwrap().success(), "{kernel}");
+    }
+}
+
+impl Subject for Host {
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+
+    fn rows(&self, _: i64) -> i64 {
+        7
+    }
+
+    fn residual_norm(&self, x: &Tensor, addend: Option<&Tensor>, weight: &Tensor, out: &Tensor) {
+        let words = [Word::Memory(x), Word::or_null(addend), Word::Memory(weight), Word::Memory(out)];
+        self.run("residual_norm", self.dimensions.residual_norm(x.size()[0]).unwrap(), &words);
+    }
+
+    fn rotate_queries(&self, qkv: &Tensor, Angles { cos, sin }: Angles<'_>, weight: Option<&Tensor>) {
+        let words = [Word::Memory(qkv), Word::Memory(cos), Word::Memory(sin), Word::or_null(weight)];
+        self.run("rotate_queries", self.dimensions.rotate_queries(qkv.size()[0]).unwrap(), &words);
+    }
+
+    fn gather_keys(
+        &self,
+        qkv: &Tensor,
+        sources: &Tensor,
+        Angles { cos, sin }: Angles<'_>,
+        weight: Option<&Tensor>,
+        out: &Tensor,
+    ) {
+        let shape = self.dimensions.gather_keys(out.size()[0]).unwrap();
+        let [qkv, sources, cos, sin, out] = [qkv, sources, cos, sin, out].map(Word::Memory);
+        self.run("gather_keys", shape, &[qkv, sources, cos, sin, Word::or_null(weight), out]);
+    }
+
+    fn silu_up(&self, gate_up: &Tensor, out: &Tensor) {
+        let shape = self.dimensions.silu_up(out.size()[0]).unwrap();
+        self.run("silu_up", shape, &[gate_up, out].map(Word::Memory));
+    }
+
+    fn choose(&self, logits: &Tensor, [targets, eos]: [&Tensor; 2], [logprobs, eos_probabilities]: [&Tensor; 2]) {
+        let words = [logits, targets, eos, logprobs, eos_probabilities].map(Word::Memory);
+        self.run("choose", Dimensions::choose(logits.size()[0]).unwrap(), &words);
+    }
+
+    fn select_buckets(&self, hidden: &Tensor, buckets: &Tensor) {
+        let rows = hidden.size()[0];
+        let words = [Word::Memory(hidden), Word::Memory(buckets), Word::Int(rows)];
+        self.run("select_buckets", self.dimensions.select_buckets(rows).unwrap(), &words);
+    }
+}
+
+fn check(sizes: [usize; 6], architecture: Architecture) {
+    let config = config(sizes, architecture);
+    kernel_tests::all(&Host::of(&config), &config);
+}
+
+#[test]
+fn kernels_of_a_real_shape_compute_what_the_composition_does() {
+    check([1_536, 12, 2, 128, 8_960, 151_936], Architecture::Qwen2);
+}
+
+/// Norms of heads; fewer values than threads everywhere.
+#[test]
+fn kernels_of_a_small_shape_compute_what_the_composition_does() {
+    check([64, 4, 2, 16, 160, 512], Architecture::Qwen3);
+}
+
+/// Widths that fill no warp, a head that fills no lane pair, and more keys than queries divide.
+#[test]
+fn kernels_of_an_odd_shape_compute_what_the_composition_does() {
+    check([1_096, 6, 3, 136, 2_056, 5_000], Architecture::Qwen3);
+    check([96, 4, 4, 24, 192, 520], Architecture::Llama);
+}
+
+#[test]
+fn options_of_known_shapes_are_those_that_are_compiled_without_a_gpu() {
+    let listed = include_str!("../../cuda/options.txt");
+    let line = |name: &str, sizes, architecture, rms_norm_eps| {
+        let config = ModelConfig { rms_norm_eps, ..config(sizes, architecture) };
+        format!("{name} {}", Dimensions::of(&config).unwrap().macros().join(" "))
+    };
+    let expected = [
+        line("qwen2-1.5b", [1_536, 12, 2, 128, 8_960, 151_936], Architecture::Qwen2, 1e-6),
+        line("qwen2-7b", [3_584, 28, 4, 128, 18_944, 152_064], Architecture::Qwen2, 1e-6),
+        line("qwen3-4b", [2_560, 32, 8, 128, 9_728, 151_936], Architecture::Qwen3, 1e-6),
+        line("small", [64, 4, 2, 16, 160, 512], Architecture::Qwen3, 1e-5),
+    ];
+    assert_eq!(listed.lines().collect::<Vec<_>>(), expected);
+}
