@@ -175,7 +175,7 @@ fn selected_buckets(subject: &dyn Subject, config: &ModelConfig) {
     let coarse = ((random(subject, &[rows, hidden], 1.0)).round() * 3.0).to_kind(Kind::BFloat16);
     let zeros = Tensor::zeros([3, hidden], (Kind::BFloat16, subject.device()));
     // On both sides of where buckets begin: bf16 values below and above, the rest of the row zero.
-    let beginnings = [1.3784_f32, 4.6569, 12.4544, 31.0, 75.1089, 180.0193, 429.5390];
+    let beginnings = [1.3784_f32, 4.6569, 12.4544, 31.0, 75.1089, 180.0193, 429.539];
     let steps = beginnings.map(|value| value.to_bits() >> 16);
     let edges: Vec<f32> = steps.iter().flat_map(|step| [step << 16, (step + 1) << 16]).map(f32::from_bits).collect();
     let edges = Tensor::from_slice(&edges).to_kind(Kind::BFloat16).to_device(subject.device());
