@@ -99,6 +99,15 @@ pub fn strike(pid: u32, signal: Signal) {
     });
 }
 
+/// Ticks of the CPU, a hundredth of a second each, that a process has had; 0 if there is no such process.
+#[must_use]
+pub fn cpu_ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+    // User and system time; the first field here is the third of the line.
+    fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum()
+}
+
 /// Resident memory of a process in bytes.
 ///
 /// # Panics
