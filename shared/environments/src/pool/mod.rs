@@ -197,7 +197,13 @@ impl Pool {
         let verdict = verdict::of_run(&reply, TEST_LIMIT_S)?;
         let Some(limit_s) = verdict::second_limit_s(&reply) else { return Ok(verdict) };
         // Another interpreter has other hashes and addresses.
-        let (reply, _) = self.program_reply(program, limit_s, Some(slot)).await?;
+        let is_unordered = reply.unordered;
+        let (reply, second) = self.program_reply(program, limit_s, Some(slot)).await?;
+        if is_unordered && second == slot {
+            let detail =
+                "its outcome may hang on the order of a set, and no second interpreter is there to ask".to_owned();
+            return Err(EvaluatorError::Undecidable { detail });
+        }
         verdict::of_both(verdict, &verdict::of_run(&reply, limit_s)?)
     }
 

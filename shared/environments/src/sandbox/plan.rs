@@ -21,6 +21,8 @@ pub(crate) const ZYGOTE: &str = concat!(
     "\n\n",
     include_str!("zygote/serve.py"),
     "\n\n",
+    include_str!("zygote/immortal.py"),
+    "\n\n",
     include_str!("zygote/inspect.py"),
     "\n\n",
     include_str!("zygote/main.py"),

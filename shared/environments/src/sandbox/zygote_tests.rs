@@ -48,6 +48,13 @@ fn outcomes_may_hang_on_sets_however_they_are_made() {
         "def f(d): return [k for k in d.items() - d.items()]",
         "def f():\n    def g(): return frozenset('ab')\n    return g",
         "x = 'a'.__hash__()",
+        "from functools import reduce\ndef f(ds): return list(reduce(lambda a, b: a & b, [d.keys() for d in ds]))",
+        "def g(a, b): return [k for k in a & b]\ndef f(d, e): return g(d.keys(), e.keys())",
+        "def f(a, b):\n    ka = a.keys()\n    kb = b.keys()\n    def g(): return ka & kb\n    return g",
+        "import operator\ndef f(x, y): return operator.and_(x.keys(), y.keys())",
+        "import operator, functools\ndef f(ds): return functools.reduce(operator.and_, map(dict.keys, ds))",
+        "def f(d, e): return d.keys().__or__(e)",
+        "x = __builtins__['set']('ab')",
     ];
     assert_eq!(open_marks("", &open), vec![true; open.len()]);
     let settled = [
@@ -57,6 +64,8 @@ fn outcomes_may_hang_on_sets_however_they_are_made() {
         "for k, v in {'a': 1}.items(): x = v * 2",
         "x = [1, 2]\ny = sorted(x)",
         "import math\nx = math.pi - 1",
+        "def f(d):\n    for k, v in d.items(): x = k\ndef g(n): return n - 1",
+        "def f(n): return n & 1",
     ];
     assert_eq!(open_marks("", &settled), vec![false; settled.len()]);
 }

@@ -1,6 +1,7 @@
 # Pairs of formulas, compared by sympy.
 
 import builtins
+import gc
 import sys
 import time
 
@@ -16,6 +17,12 @@ def run_sympy(request, say):
             # The reference has no such limit.
             say(b"X ran_out_of_memory\n")
             return
+        except RecursionError as caught:
+            # What an earlier pair left in the caches makes the way to an answer shorter.
+            if len(request["pairs"]) > 1:
+                say(b"X recursed_too_deeply\n")
+                return
+            answer = class_name(caught)
         except Exception as caught:
             answer = class_name(caught)
         say(b"T %d %d 0 %s\n" % (index, (time.monotonic_ns() - start) // 1000, answer))
@@ -62,4 +69,6 @@ def load_sympy(site):
     PARSE, SIMPLIFY = parse_expr, sympy.simplify
     LEFT_NAMES, RIGHT_NAMES = parser_names(), parser_names()
     run_sympy({"pairs": WARM_PAIRS}, len)
+    # A child lives too shortly for what is collected to be worth the collections; its memory is limited all the same.
+    gc.set_threshold(100_000)
     return sympy.__version__

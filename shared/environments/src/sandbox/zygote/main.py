@@ -23,6 +23,7 @@ def main():
         work = run_sympy
     # Collections in children would otherwise write to all that is here, and so copy it.
     gc.collect()
+    make_immortal()
     gc.freeze()
     hello["rss_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     hello["forks"] = 0

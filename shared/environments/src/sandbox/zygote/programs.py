@@ -40,11 +40,19 @@ ALLOWED_IMPORTS = frozenset(
 # are made, and hashes and addresses themselves.
 UNORDERED_NAMES = frozenset(["set", "frozenset", "id", "hash", "__hash__"])
 UNORDERED_OPCODES = tuple(opcode.opmap[name] for name in ("BUILD_SET", "SET_ADD", "SET_UPDATE"))
-# Views of a dict combine to sets.
+# Views of a dict combine to sets: by operators, also where the views were made in another function, or by their names.
 VIEWS = frozenset(["keys", "items"])
-SET_OPERATORS = frozenset(
-    index for index, (_, sign) in enumerate(opcode._nb_ops) if sign in ("&", "|", "^", "-", "&=", "|=", "^=", "-=")
-)
+OPERATOR_NAMES = frozenset(
+    word for name in ("and", "or", "xor", "sub") for word in (f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__")
+) | {"sub", "xor"}
+
+
+def operators(*signs):
+    return frozenset(index for index, (_, sign) in enumerate(opcode._nb_ops) if sign in signs)
+
+
+BIT_OPERATORS = operators("&", "|", "^", "&=", "|=", "^=")
+SET_OPERATORS = BIT_OPERATORS | operators("-", "-=")
 BINARY_OP, LOAD_CONST, GET_ITER = (opcode.opmap[name] for name in ("BINARY_OP", "LOAD_CONST", "GET_ITER"))
 
 
@@ -72,27 +80,42 @@ def compiled(text):
     return compile(text, "<string>", "exec", FUTURE_ANNOTATIONS, True)
 
 
-def is_unordered(code):
-    """Whether `code` may iterate over a set, or look at hashes or addresses. Asking a constant set for a member is neither."""
-    if not UNORDERED_NAMES.isdisjoint(code.co_names):
-        return True
-    text = code.co_code
-    operations = text[::2]
-    for number in UNORDERED_OPCODES:
-        if number in operations:
+def is_unordered(program):
+    """Whether `program` may iterate over a set, or look at hashes or addresses. Asking a constant set for a member is neither.
+    Addresses in the texts that objects have by default are not seen."""
+    has_views = has_operators = False
+    codes = [program]
+    while codes:
+        code = codes.pop()
+        names, operations, arguments = code.co_names, code.co_code[::2], code.co_code[1::2]
+        if not UNORDERED_NAMES.isdisjoint(names) or any(number in operations for number in UNORDERED_OPCODES):
             return True
-    if not VIEWS.isdisjoint(code.co_names) and combines_sets(operations, text[1::2]):
-        return True
-    for constant in code.co_consts:
-        if isinstance(constant, frozenset) and iterates_constant(code, operations, text[1::2]):
+        has_own_views = not VIEWS.isdisjoint(names)
+        if has_own_views and has_operator(operations, arguments, SET_OPERATORS):
             return True
-        if isinstance(constant, type(code)) and is_unordered(constant):
-            return True
-    return False
+        has_views = has_views or has_own_views
+        # A minus elsewhere is nearly always one of numbers.
+        has_operators = (
+            has_operators
+            or not OPERATOR_NAMES.isdisjoint(names)
+            or has_operator(operations, arguments, BIT_OPERATORS)
+        )
+        for constant in code.co_consts:
+            if isinstance(constant, type(code)):
+                codes.append(constant)
+            elif isinstance(constant, str):
+                # Also names can be looked up by their text.
+                if constant in UNORDERED_NAMES:
+                    return True
+            elif isinstance(constant, frozenset) and iterates_constant(code, operations, arguments):
+                return True
+    return has_views and has_operators
 
 
-def combines_sets(operations, arguments):
-    return any(number == BINARY_OP and arguments[at] in SET_OPERATORS for at, number in enumerate(operations))
+def has_operator(operations, arguments, wanted):
+    return BINARY_OP in operations and any(
+        number == BINARY_OP and arguments[at] in wanted for at, number in enumerate(operations)
+    )
 
 
 def iterates_constant(code, operations, arguments):

@@ -134,7 +134,9 @@ class Zygote:
         _, status = os.waitpid(pid, 0)
         # Orphans in a namespace of processes belong to the first one in it, so if it has no child there is none.
         try:
-            while not os.waitpid(-1, os.WNOHANG)[0]:
+            while True:
+                if os.waitpid(-1, os.WNOHANG)[0]:
+                    continue
                 if not self.is_init:
                     break
                 kill(-1)
