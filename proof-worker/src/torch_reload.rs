@@ -71,7 +71,27 @@ impl TorchReloader {
                 Err(error) => warn!(error = with_causes(&*error), "Changes cannot be used; reading the folder."),
             }
         }
-        self.by_folder(&present, order).map_err(|error| refused(&*error))
+        self.by_folder(&present, order).map_err(|error| still_held(present.model(), order, &*error))
+    }
+}
+
+/// A refused order for other weights leaves those that are there. One to read the present weights anew was given because they
+/// are in doubt, so they prove on only if they are what they should be.
+fn still_held(model: &Model, order: &ReloadOrder, error: &(dyn std::error::Error + 'static)) -> ComputeError {
+    if order.weights != model.weights_hash() {
+        return refused(error);
+    }
+    let wanted = wanted(order);
+    let lost = |why: String| ComputeError::WeightsLost { detail: format!("{}; {why}", with_causes(error)) };
+    if wanted.is_empty() || !model.is_exact() {
+        return lost("nothing says whether the weights that are held are right".to_owned());
+    }
+    match model.checksums() {
+        Ok(held) => match checksum::compare(&held, &wanted, model.config()) {
+            Ok(()) => refused(error),
+            Err(difference) => lost(format!("the weights that are held are not right: {}", with_causes(&difference))),
+        },
+        Err(failure) => lost(format!("the weights that are held cannot be summed: {}", with_causes(&failure))),
     }
 }
 

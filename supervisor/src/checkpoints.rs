@@ -227,18 +227,23 @@ impl Checkpoints {
     /// that run keep the version that they began with. One that was only fetched ahead is to be fetched anew.
     async fn is_kept(&self, ready: &ReadyCheckpoint) -> bool {
         let checkpoint = ready.installed.window;
-        let notice = match tokio::time::timeout(REREAD_LIMIT, self.0.store.published(checkpoint)).await {
-            Ok(Ok(published)) => ready.installed.republished(&published),
+        let published = match tokio::time::timeout(REREAD_LIMIT, self.0.store.published(checkpoint)).await {
+            Ok(Ok(published)) => published,
             Ok(Err(error)) => {
                 tracing::debug!(%checkpoint, error = with_causes(&error), "The metadata was not read again.");
-                None
+                return true;
             }
-            Err(_) => None,
+            Err(_) => return true,
         };
-        let Some(notice) = notice else { return true };
+        let files = ready.installed.republished(&published).map(|notice| notice.to_string());
+        // Another policy is another way to mine, also with the same weights; one that is defective now is one not to mine by.
+        let policy = || published.policy().ok() != Some(&ready.policy);
+        let Some(notice) = files.or_else(|| policy().then(|| "its policy is another one".to_owned())) else {
+            return true;
+        };
         let mut known = self.known();
         if known.active == Some(checkpoint) {
-            tracing::warn!(%checkpoint, notice = %notice, "The checkpoint in use is not what is published now.");
+            tracing::warn!(%checkpoint, notice, "The checkpoint in use is not what is published now.");
             return true;
         }
         // The installation says what it makes of that; a folder that is held would stay.
@@ -413,6 +418,9 @@ pub trait CheckpointRule: Send + Sync + std::fmt::Debug {
 
     /// The other checkpoint that the rule names now, if it does: the last look before an upload.
     fn look(&self) -> BoxFuture<'_, Option<CheckpointWindow>>;
+
+    /// The other checkpoint that is known of without asking.
+    fn known(&self) -> Option<CheckpointWindow>;
 }
 
 /// A READY marker may appear after its window has ended, and validators evaluate the rule later than we did.
@@ -450,6 +458,10 @@ impl CheckpointRule for Lookout {
             }
         }
         .boxed()
+    }
+
+    fn known(&self) -> Option<CheckpointWindow> {
+        self.other_known()
     }
 
     fn look(&self) -> BoxFuture<'_, Option<CheckpointWindow>> {

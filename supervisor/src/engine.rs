@@ -203,7 +203,7 @@ impl Engine {
             Ok(other) => other,
             Err(_) => {
                 tracing::warn!(window = %parts.plan.window, "No time for a last look at the checkpoints.");
-                None
+                parts.rule.known()
             }
         }
     }

@@ -86,24 +86,27 @@ fn evaluators_that_are_killed_stopped_or_broken_cost_no_window() {
     let world = World::with_short_windows().with("GRAIL_EVALUATORS", "2");
     let run = world.mine(&["--env", "mbpp", "--windows", "1", "--max-groups", "8"]);
     wait_until("interpreters", || interpreters(run.pid()).len() >= 2);
-    let mut seen = Vec::new();
+    let (mut seen, mut struck) = (Vec::new(), 0);
     // The first process of a namespace takes no signal from outside but SIGKILL and SIGSTOP, so its helper is broken.
     for (signal, victims) in [
         (Signal::SIGKILL, interpreters as fn(u32) -> Vec<u32>),
         (Signal::SIGSEGV, helpers),
         (Signal::SIGSTOP, interpreters),
     ] {
-        wait_until("interpreters", || interpreters(run.pid()).len() >= 2);
+        let is_over = || world.count("window_uploaded") == 1;
+        wait_until("interpreters, or the end of the window", || interpreters(run.pid()).len() >= 2 || is_over());
+        let victim = victims(run.pid()).first().copied();
+        let Some(victim) = victim.filter(|_| !is_over()) else { break };
         seen.extend(interpreters(run.pid()));
-        processes::strike(victims(run.pid())[0], signal);
+        processes::strike(victim, signal);
+        struck += 1;
         let groups = world.count("group_spooled");
-        wait_until("another group, or the end of the window", || {
-            world.count("group_spooled") > groups || world.count("window_uploaded") == 1
-        });
+        wait_until("another group, or the end of the window", || world.count("group_spooled") > groups || is_over());
     }
     let mined = run.wait();
     assert_eq!(mined.code, Some(0), "{mined:#?}");
     assert_eq!(processes::mentioning(&world.state), [], "nothing is left running");
+    assert!(struck > 0, "an evaluator was struck");
     assert!(seen.iter().all(|pid| processes::has_ended(*pid)), "no interpreter is left");
     assert_accepted(&world, "mbpp");
 }

@@ -171,12 +171,23 @@ pub async fn local(
     challenge: Option<ChallengeRandomness>,
     settings: &JudgeSettings,
 ) -> Result<LocalVerdicts, CommandError> {
+    let evaluators = Arc::new(Evaluators::new(settings.evaluators.clone()));
+    let verdicts = judge_all(state_dir, challenge, settings, &evaluators).await;
+    evaluators.shut_down().await;
+    verdicts
+}
+
+async fn judge_all(
+    state_dir: &Path,
+    challenge: Option<ChallengeRandomness>,
+    settings: &JudgeSettings,
+    evaluators: &Arc<Evaluators>,
+) -> Result<LocalVerdicts, CommandError> {
     let chain = Arc::new(LocalChain::open(state_dir, &Clock::system())?);
     let beacon = Beacon::Local(chain.clone());
     let objects = open_store(&state::store_of(state_dir))?;
     let checkpoints = CheckpointStore::new(objects.clone());
     let store = WindowStore::new(objects);
-    let evaluators = Arc::new(Evaluators::new(settings.evaluators.clone()));
     let mut sources = RowSources::new(settings.datasets.clone(), evaluators.clone());
     let mut windows = Vec::new();
     for path in contexts(&state::windows_of(state_dir))? {
@@ -202,7 +213,6 @@ pub async fn local(
         let file = window_file_of(&path);
         windows.push(WindowVerdict { window, file, verified });
     }
-    evaluators.shut_down().await;
     if windows.is_empty() {
         let detail = "no window file is there; run `grail-supervisor mine --local` first".to_owned();
         return Err(CommandError::NoContext { path: state::windows_of(state_dir), detail });

@@ -409,6 +409,10 @@ impl CheckpointRule for NoOther {
         std::future::pending().boxed()
     }
 
+    fn known(&self) -> Option<CheckpointWindow> {
+        None
+    }
+
     fn look(&self) -> BoxFuture<'_, Option<CheckpointWindow>> {
         async { None }.boxed()
     }
