@@ -140,7 +140,8 @@ struct Rules {
 async fn programs_see_the_references_names_and_modules() {
     const FILE: &str = "environments/programs/pool_rules.json";
     let rules: Rules = json(FILE);
-    let pool = start(config(1, 0)).await;
+    // Two, for what names sets is run by two.
+    let pool = start(config(2, 0)).await;
     let allowed = format!("assert sorted(__builtins__) == sorted({:?})", rules.builtins_allowed);
     // Three of the names are keywords; the rest can be written down, and one that is not allowed cannot.
     let known: Vec<String> = rules.builtins_allowed.iter().cloned().collect();
@@ -250,6 +251,16 @@ fn humaneval_solutions() -> Vec<Solution> {
         Solution { name: row.task_id.clone(), code, tests, error: failing.get(&row.task_id).cloned() }
     };
     rows.into_iter().map(solution).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_hangs_on_a_set_has_no_verdict_where_only_one_interpreter_is_there() {
+    let pool = start(config(1, 0)).await;
+    let answer = pool.run(program("x = list({'a', 'b'})", &["assert len(x) == 2"])).await;
+    assert!(matches!(&answer, Err(EvaluatorError::Undecidable { detail }) if detail.contains("set")), "{answer:?}");
+    let settled = pool.run(program("x = 'a' in {'a', 'b'}", &["assert x"])).await.unwrap();
+    assert_eq!(classes(&settled), ["-"]);
+    assert_leaves_nothing(pool).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
