@@ -352,7 +352,7 @@ pub const SECTIONS: &[Section] = &[
             ),
             optional(
                 "GRAIL_EVALUATORS",
-                "by the cores: 2 to 16 for programs, 2 to 8 for formulas",
+                "by the cores: 3 to 16 for programs, 3 to 8 for formulas",
                 "Sandboxed interpreters of each kind that judge answers, 2 at least.",
             ),
             with_default(

@@ -66,16 +66,17 @@ pub struct PoolConfig {
 }
 
 impl PoolConfig {
-    /// One interpreter of each kind per core, two at least, one more for programs, and all layers.
+    /// One interpreter of each kind per core, and one more, three at least; all layers.
     #[must_use]
     pub fn new(helper: Helper, installation: Installation) -> Self {
         let cores = std::thread::available_parallelism().map_or(2, usize::from).max(2);
         Self {
             helper,
             installation,
-            // A second run of a program goes to another interpreter than the first, and would wait for one that is busy.
+            // A second run of a program goes to another interpreter than the first, and would wait for one that is busy; a
+            // formula that takes long keeps others waiting less.
             programs: (cores + 1).min(MOST_FOR_PROGRAMS),
-            formulas: cores.min(MOST_FOR_FORMULAS),
+            formulas: (cores + 1).min(MOST_FOR_FORMULAS),
             layers: LayerSet::all(),
             is_unsafe_accepted: false,
             delegation: None,
