@@ -3,9 +3,9 @@
 # and by changes, in a second copy and in place. Makes its own random checkpoints and removes them.
 #
 #   deploy/bench-reload.sh cpu  [FOLDER WITH THE BINARY, by default target/release]   1 GB in bfloat16, then 1 GB in float32
-#   deploy/bench-reload.sh cuda [FOLDER WITH THE BINARY, by default target/release]   the 1.5B shape in bfloat16, one JSON document
+#   deploy/bench-reload.sh cuda [FOLDER WITH THE BINARY, by default target/release]   the 7B shape in bfloat16, then the 1.5B shape
 #
-# GRAIL_BENCH_SCRATCH names a folder for the checkpoints: 5 GB for cpu, 7 GB for cuda.
+# GRAIL_BENCH_SCRATCH names a folder for the checkpoints: 5 GB for cpu, 32 GB for cuda, which should be memory there.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -22,8 +22,11 @@ cpu)
     "$worker" profile-reload --shape qwen2-0.5b --layers 7 --file-dtype float32 --scratch "$scratch"
     ;;
 cuda)
-    "$worker" profile-reload --shape qwen2-1.5b --device cuda:0 --changed 0.01 --repeats 5 --scratch "$scratch" --json \
-        --prompt-tokens 200 --completion-tokens 800 --members 16
+    requests=(--prompt-tokens 200 --completion-tokens 800 --members 16)
+    "$worker" profile-reload --shape qwen2-7b --device cuda:0 --changed 0.01 --repeats 5 --scratch "$scratch" \
+        --no-folder-in-place "${requests[@]}"
+    echo
+    "$worker" profile-reload --shape qwen2-1.5b --device cuda:0 --changed 0.01 --repeats 5 --scratch "$scratch" "${requests[@]}"
     ;;
 *)
     echo "error: $device is neither cpu nor cuda" >&2

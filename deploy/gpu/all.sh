@@ -7,9 +7,10 @@
 #   correctness   the tests that need a GPU, then proofs against transformers: golden and demo models, 1.5B and 7B shapes   8 min
 #   kernels       each kernel by itself against torch and against the card's copying speed, attention, matrix products      1 min
 #   profile       all cases of the 7B and 1.5B shapes with the baseline beside them, stages                                 5 min
-#   reload        other weights at 1.5B: folders and changes, second copy and in place                                      4 min
+#   reload        other weights at 7B and 1.5B: folders and changes, second copy and in place                               4 min
+#   several       one worker on each of several GPUs, alone and together; only where there are several                       2 min
 #
-# Without a step all of them run. Each has a time limit and writes its results as it goes, to OUT (by default target/gpu-results):
+# Without a step all but the last run. Each has a time limit and writes its results as it goes, to OUT (by default target/gpu-results):
 # STEP.log and STEP*.json. A step that fails or runs out of time does not keep the next from running; the last lines say what became
 # of each. DEVICE=cpu runs small parts of correctness and profile on a CPU, to see that the programs run.
 set -uo pipefail
@@ -23,14 +24,12 @@ python=${PYTHON:-python3}
 
 pack() {
     set -e
-    profile=${PROFILE:-release}
     mkdir -p "$packed"
-    cargo build --locked --profile "$profile" -p grail-proof-worker
-    folder=${CARGO_TARGET_DIR:-target}/$profile
-    if [ "$profile" = dev ]; then folder=${CARGO_TARGET_DIR:-target}/debug; fi
-    strip -o "$packed/grail-proof-worker" "$folder/grail-proof-worker"
-    tests=$(cargo test --locked --profile "$profile" -p grail-model --lib --no-run --message-format json |
-        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
+    # The packages that `make build` and `make test` build, so that nothing is compiled with other features again.
+    cargo build --locked --release -p grail-supervisor -p grail-proof-worker -p grail-gen-launcher
+    strip -o "$packed/grail-proof-worker" "${CARGO_TARGET_DIR:-target}/release/grail-proof-worker"
+    tests=$(cargo test --locked --workspace --lib --no-run --message-format json |
+        sed -n 's/.*"executable":"\([^"]*grail_model-[^"]*\)".*/\1/p' | tail -n 1)
     strip -o "$packed/model-tests" "$tests"
     ls -lh "$packed"
 }
@@ -48,8 +47,7 @@ if [ ! -e .libtorch/torch/lib/libtorch_cpu.so ]; then
     torch=$("$python" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') || exit 1
     export LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
-# What is measured; `off` measures libtorch's operations instead.
-export GRAIL_PROOF_KERNELS=${GRAIL_PROOF_KERNELS:-own}
+# GRAIL_PROOF_KERNELS=off measures libtorch's operations instead.
 export GRAIL_GOLDEN_DIR=$root/tests/vectors PYTHONUNBUFFERED=1 NO_COLOR=1
 # Checkpoints of 15 GB are written and read: memory is faster than a disk, if there is enough of it.
 if [ -z "${TMPDIR:-}" ] && [ "$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt 40000000 ] 2>/dev/null; then
@@ -85,7 +83,11 @@ profile() {
 }
 
 reload() {
-    GRAIL_BENCH_SCRATCH=${TMPDIR:-/tmp} deploy/bench-reload.sh "$device" "$(dirname "$worker")" | tee "$out/reload.json"
+    GRAIL_BENCH_SCRATCH=${TMPDIR:-/tmp} deploy/bench-reload.sh "$device" "$(dirname "$worker")"
+}
+
+several() {
+    "$python" deploy/gpu/several.py --worker "$worker" --json "$out/several.json"
 }
 
 limit_of() {
@@ -93,7 +95,8 @@ limit_of() {
         correctness) echo 580 ;;
         kernels) echo 120 ;;
         profile) echo 420 ;;
-        reload) echo 300 ;;
+        reload) echo 420 ;;
+        several) echo 200 ;;
         *) return 1 ;;
     esac
 }
@@ -105,7 +108,7 @@ fi
 steps=("$@")
 [ $# -gt 0 ] || steps=(correctness kernels profile reload)
 for step in "${steps[@]}"; do
-    limit_of "$step" >/dev/null || { echo "error: $step is no step: correctness, kernels, profile, reload or pack" >&2; exit 2; }
+    limit_of "$step" >/dev/null || { echo "error: $step is no step: correctness, kernels, profile, reload, several or pack" >&2; exit 2; }
 done
 summary=()
 for step in "${steps[@]}"; do

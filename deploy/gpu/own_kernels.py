@@ -15,6 +15,7 @@ anew behind each shape.
 import argparse
 import ctypes
 import glob
+import itertools
 import json
 import os
 import re
@@ -45,8 +46,10 @@ class Compiler:
             self.library = ctypes.CDLL(os.path.join(folder, "libnvrtc.so.13"))
         except OSError as error:
             sys.exit(f"no NVRTC ({error}): run deploy/gpu/check-kernels.sh, or install nvidia-cuda-nvrtc")
-        with open(os.path.join(FOLDER, "kernels.cu"), "rb") as file:
-            self.source = file.read()
+        self.sources = {}
+        for name in ("kernels.cu", "weights.cu"):
+            with open(os.path.join(FOLDER, name), "rb") as file:
+                self.sources[name] = file.read()
 
     def text(self, program, what):
         size = ctypes.c_size_t()
@@ -55,11 +58,11 @@ class Compiler:
         getattr(self.library, f"nvrtcGet{what}")(program, buffer)
         return buffer.raw
 
-    def compile(self, architecture, macros, more=()):
+    def compile(self, architecture, macros, more=(), source="kernels.cu"):
         """Image and log; the options are the worker's, and then `more`."""
         options = [f"--gpu-architecture=sm_{architecture}", *(f"-D{macro}" for macro in macros), *more]
         program = ctypes.c_void_p()
-        if self.library.nvrtcCreateProgram(ctypes.byref(program), self.source, b"kernels.cu", 0, None, None) != 0:
+        if self.library.nvrtcCreateProgram(ctypes.byref(program), self.sources[source], b"kernels.cu", 0, None, None) != 0:
             sys.exit("NVRTC refuses the source")
         words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         code = self.library.nvrtcCompileProgram(program, len(options), words)
@@ -87,25 +90,25 @@ def resources(log):
 
 def check(arguments):
     compiler, failures, document = Compiler(), [], []
-    print("| architecture | shape | " + " | ".join(KERNELS) + " |   registers + bytes of shared memory")
-    print("|---" * (2 + len(KERNELS)) + "|")
-    for architecture in arguments.architectures.split(","):
-        for shape, macros in shapes().items():
-            image, log = compiler.compile(architecture, macros)
-            _, report = compiler.compile(architecture, macros, ["--ptxas-options=-v"])
-            found = resources(report)
-            document.append(dict(architecture=architecture, shape=shape, bytes=len(image), kernels=found))
-            place = f"sm_{architecture} {shape}"
-            if log.strip():
-                failures.append(f"{place}: the compiler says {log.strip()}")
-            failures += [f"{place}: {name} is missing" for name in KERNELS if name not in found]
-            failures += [f"{place}: {name} spills {kernel['spilled']} bytes" for name, kernel in found.items() if kernel["spilled"]]
-            threads = Threads(macros)
-            for name, kernel in found.items():
-                if kernel["registers"] * threads.of[name] > REGISTERS_OF_A_MULTIPROCESSOR:
-                    failures.append(f"{place}: a block of {name} needs more registers than there are")
-            cells = (f"{found[name]['registers']} + {found[name]['shared']}" if name in found else "" for name in KERNELS)
-            print(f"| {architecture} | {shape} | " + " | ".join(cells) + " |", flush=True)
+    print("architecture, shape, and for each kernel its registers + bytes of shared memory")
+    sources = [("kernels.cu", shape, macros) for shape, macros in shapes().items()] + [("weights.cu", "any", [])]
+    for architecture, (source, shape, macros) in itertools.product(arguments.architectures.split(","), sources):
+        names = KERNELS if source == "kernels.cu" else WEIGHT_KERNELS
+        threads = Threads(macros).of if macros else dict.fromkeys(WEIGHT_KERNELS, 256)
+        image, log = compiler.compile(architecture, macros, source=source)
+        _, report = compiler.compile(architecture, macros, ["--ptxas-options=-v"], source)
+        found = resources(report)
+        document.append(dict(architecture=architecture, shape=shape, bytes=len(image), kernels=found))
+        place = f"sm_{architecture} {source} {shape}"
+        if log.strip():
+            failures.append(f"{place}: the compiler says {log.strip()}")
+        failures += [f"{place}: {name} is missing" for name in names if name not in found]
+        failures += [f"{place}: {name} spills {kernel['spilled']} bytes" for name, kernel in found.items() if kernel["spilled"]]
+        for name, kernel in found.items():
+            if kernel["registers"] * threads[name] > REGISTERS_OF_A_MULTIPROCESSOR:
+                failures.append(f"{place}: a block of {name} needs more registers than there are")
+        cells = (f"{name} {kernel['registers']} + {kernel['shared']}" for name, kernel in found.items())
+        print(f"| {architecture} | {shape} | " + " | ".join(cells) + " |", flush=True)
     write(arguments.json, document)
     for failure in failures:
         print(failure)
@@ -113,6 +116,7 @@ def check(arguments):
     return not failures
 
 
+WEIGHT_KERNELS = ["sum_elements", "sum_differences", "read_elements", "write_elements", "compare_elements"]
 KERNELS = ["residual_norm", "rotate_queries", "gather_keys", "silu_up", "choose", "select_buckets"]
 
 

@@ -229,6 +229,9 @@ pub struct ProfileReloadArguments {
     /// Threads of one operation on the CPU [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
+    /// Leave out folders that are read to where the weights lie, which takes longest
+    #[arg(long)]
+    pub no_folder_in_place: bool,
     /// Prompt of the requests in flight
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=8192))]
     pub prompt_tokens: u32,

@@ -226,7 +226,7 @@ fn reloads_are_measured_with_requests_in_flight() {
     assert_eq!((report["schema"].as_u64(), report["device"].as_str()), (Some(1), Some("cpu")));
     assert!(number(&report, "/read_once_ms") > 0.0 && number(&report, "/request_ms") > 0.0);
     let cases = report["cases"].as_array().unwrap();
-    // Full, and a delta for each share: when ordered, staged before, and in place.
+    // Full, and a delta for each share: when ordered and staged before, in a second copy and in place.
     let kinds: Vec<(&str, bool, bool)> = cases
         .iter()
         .map(|case| {
@@ -235,7 +235,8 @@ fn reloads_are_measured_with_requests_in_flight() {
         })
         .collect();
     let kind = |in_shadow, staged| ["full", "delta", "delta"].map(|source| (source, in_shadow, staged));
-    assert_eq!(kinds, [kind(true, false), kind(true, true), kind(false, false)].concat());
+    let deltas_staged_in_place = &kind(false, true)[1..];
+    assert_eq!(kinds, [&kind(true, false), &kind(true, true), &kind(false, false), deltas_staged_in_place].concat());
     for case in cases {
         assert!(number(case, "/total_ms") >= number(case, "/stall_ms"), "{case}");
         assert!(number(case, "/longest_request_ms") > 0.0, "{case}");
@@ -244,8 +245,10 @@ fn reloads_are_measured_with_requests_in_flight() {
     let changed = number(&cases[1], "/changed");
     assert!((0.005..0.02).contains(&changed), "{changed}");
 
-    let output = run(&[]);
+    let output = run(&["--no-folder-in-place"]);
     let table = String::from_utf8(output.stdout).unwrap();
+    let folders: Vec<&str> = table.lines().filter(|line| line.starts_with("full")).collect();
+    assert!(folders.len() == 2 && folders.iter().all(|line| line.contains("second")), "{table}");
     for part in ["read once ", "longest request ms", "delta 1.0 %", "in place"] {
         assert!(table.contains(part), "{part:?} in {table}");
     }

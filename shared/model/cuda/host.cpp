@@ -2,8 +2,8 @@
 //
 //   host KERNEL COLUMNS LINES THREADS ARGUMENT…
 //
-// An argument is bytes:N (memory, whose N bytes are read from standard input), null, or int:N. Afterwards all memory is written to
-// standard output, in the order of the arguments.
+// An argument is bytes:N (memory, whose N bytes are read from standard input), bytes+2:N (the same from the second byte of a vector
+// on), null, int:N, or wide:N. Afterwards all memory is written to standard output, in the order of the arguments.
 //
 // Each thread of a block is a fiber; blocks run one after the other. Threads that exchange values without all of their warp, or wait
 // for a block that has left in part, end the program: on a GPU that would be undefined.
@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -34,7 +35,7 @@ struct Index {
     unsigned x = 0, y = 0;
 };
 
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, gridDim;
 
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static int min(int a, int b) { return a < b ? a : b; }
@@ -140,10 +141,17 @@ static bool __any_sync(unsigned mask, int own) {
     return any != 0;
 }
 
+static unsigned long long atomicAdd(unsigned long long *at, unsigned long long by) {
+    const unsigned long long before = *at;
+    *at += by;
+    return before;
+}
+
 static void __syncwarp() { meet(warps[current / LANES]); }
 static void __syncthreads() { meet(block); }
 
 #include "kernels.cu"
+#include "weights.cu"
 
 static void live() {
     body();
@@ -188,27 +196,30 @@ int main(int count, char **words) {
     std::vector<std::vector<uint4>> memory(count - 5);
     std::vector<size_t> sizes(count - 5, 0);
     std::vector<void *> pointers(count - 5, nullptr);
-    std::vector<int> numbers(count - 5, 0);
+    std::vector<unsigned long long> numbers(count - 5, 0);
     for (int at = 0; at < count - 5; at++) {
         const std::string word = words[at + 5];
-        if (word.rfind("bytes:", 0) == 0) {
-            sizes[at] = std::strtoull(word.c_str() + 6, nullptr, 10);
-            memory[at].resize(sizes[at] / 16 + 1 + GUARD);
-            pointers[at] = memory[at].data();
-            std::memset(pointers[at], CANARY, memory[at].size() * sizeof(uint4));
+        if (word.rfind("bytes", 0) == 0) {
+            const bool is_shifted = word.rfind("bytes+2:", 0) == 0;
+            sizes[at] = std::strtoull(word.c_str() + word.find(':') + 1, nullptr, 10);
+            memory[at].resize(sizes[at] / 16 + 2 + GUARD);
+            std::memset(static_cast<void *>(memory[at].data()), CANARY, memory[at].size() * sizeof(uint4));
+            pointers[at] = reinterpret_cast<char *>(memory[at].data()) + (is_shifted ? 2 : 0);
             if (std::fread(pointers[at], 1, sizes[at], stdin) != sizes[at]) fail("standard input ends early");
-        } else if (word.rfind("int:", 0) == 0) {
-            numbers[at] = std::atoi(word.c_str() + 4);
+        } else if (word.rfind("int:", 0) == 0 || word.rfind("wide:", 0) == 0) {
+            numbers[at] = std::strtoull(word.c_str() + word.find(':') + 1, nullptr, 10);
         } else if (word != "null") {
-            fail("an argument is bytes:N, int:N or null");
+            fail("an argument is bytes:N, bytes+2:N, int:N, wide:N or null");
         }
     }
-    const size_t expected = kernel == "residual_norm" || kernel == "rotate_queries" ? 4
-                            : kernel == "gather_keys"                               ? 6
-                            : kernel == "silu_up"                                   ? 2
-                            : kernel == "choose"                                    ? 5
-                                                                                    : 3;
-    if (pointers.size() != expected) fail("another number of arguments");
+    const std::map<std::string, size_t> kernels = {
+        {"residual_norm", 4}, {"rotate_queries", 4}, {"gather_keys", 6},     {"silu_up", 2},
+        {"choose", 5},        {"select_buckets", 3}, {"sum_elements", 3},    {"sum_differences", 5},
+        {"read_elements", 4}, {"write_elements", 4}, {"compare_elements", 5}};
+    const auto known = kernels.find(kernel);
+    if (known == kernels.end()) fail("there is no such kernel");
+    if (pointers.size() != known->second) fail("another number of arguments");
+    gridDim.x = columns;
     void **p = pointers.data();
     if (kernel == "residual_norm") {
         body = [=] { residual_norm((uint4 *)p[0], (uint4 *)p[1], (uint4 *)p[2], (uint4 *)p[3]); };
@@ -221,17 +232,31 @@ int main(int count, char **words) {
     } else if (kernel == "choose") {
         body = [=] { choose((uint4 *)p[0], (int *)p[1], (int *)p[2], (float *)p[3], (float *)p[4]); };
     } else if (kernel == "select_buckets") {
-        const int rows = numbers[2];
+        const int rows = static_cast<int>(numbers[2]);
         body = [=] { select_buckets((uint4 *)p[0], (signed char *)p[1], rows); };
-    } else {
-        fail("there is no such kernel");
+    } else if (kernel == "sum_elements") {
+        const wide elements = numbers[1];
+        body = [=] { sum_elements((element *)p[0], elements, (wide *)p[2]); };
+    } else if (kernel == "sum_differences") {
+        const wide elements = numbers[3];
+        body = [=] { sum_differences((element *)p[0], (element *)p[1], (position *)p[2], elements, (wide *)p[4]); };
+    } else if (kernel == "read_elements") {
+        const wide elements = numbers[2];
+        body = [=] { read_elements((element *)p[0], (position *)p[1], elements, (element *)p[3]); };
+    } else if (kernel == "write_elements") {
+        const wide elements = numbers[3];
+        body = [=] { write_elements((element *)p[0], (position *)p[1], (element *)p[2], elements); };
+    } else if (kernel == "compare_elements") {
+        const wide elements = numbers[3];
+        body = [=] { compare_elements((element *)p[0], (position *)p[1], (element *)p[2], elements, (int *)p[4]); };
     }
     for (blockIdx.y = 0; blockIdx.y < lines; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < columns; blockIdx.x++) run_block(threads);
     for (size_t at = 0; at < pointers.size(); at++) {
-        const char *bytes = static_cast<const char *>(pointers[at]);
-        for (size_t byte = sizes[at]; byte < memory[at].size() * sizeof(uint4); byte++)
-            if (bytes[byte] != CANARY) fail("a kernel writes behind its memory");
+        const char *bytes = reinterpret_cast<const char *>(memory[at].data());
+        const size_t first = pointers[at] == nullptr ? 0 : static_cast<const char *>(pointers[at]) - bytes;
+        for (size_t byte = 0; byte < memory[at].size() * sizeof(uint4); byte++)
+            if ((byte < first || byte >= first + sizes[at]) && bytes[byte] != CANARY) fail("a kernel writes outside its memory");
     }
     for (size_t at = 0; at < pointers.size(); at++)
         if (sizes[at] > 0 && std::fwrite(pointers[at], 1, sizes[at], stdout) != sizes[at]) fail("standard output is closed");

@@ -256,6 +256,11 @@ impl Model {
     /// # Errors
     /// [`ChangeError::Torch`]; some tensors may be changed then, and [`Model::revert`] brings their old bits back.
     pub fn apply(&mut self, changes: &Changes, mut undo: Option<&mut Undo>) -> Result<(), ChangeError> {
+        if undo.is_none() && changes.is_set() && self.device() != crate::Device::Cpu {
+            // In large transfers and without a wait for each; two edits of one element do not depend on their order, since a tied
+            // output matrix and its embedding are the same.
+            return self.write_unstaged(changes);
+        }
         let _guard = tch::no_grad_guard();
         let places = self.exclusive_places()?;
         let mut fills = Vec::new();

@@ -10,6 +10,7 @@ use grail_protocol::ids::WeightsHash;
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::config::ModelConfig;
+use crate::cuda::{WeightKernels, weight_kernels};
 use crate::device::host_threads;
 use crate::error::ChecksumError;
 use crate::ffi;
@@ -172,19 +173,43 @@ fn sum_of_wide(bytes: &[u8], first: u64) -> u64 {
     })
 }
 
-/// Sums of flat tensors with the operations that every device has. The host waits once, for all of them.
+/// Sums of flat tensors where they lie. The host waits once, for all of them.
 pub(crate) fn device_checksums(tensors: &[(Tensor, Encoding)]) -> Result<Vec<u64>, TchError> {
     let Some((first, _)) = tensors.first() else { return Ok(Vec::new()) };
-    let weights = Tensor::f_arange_start_step(1, 2 * GPU_STEP + 1, 2, (Kind::Int64, first.device()))?;
-    let sums = tensors
-        .iter()
-        .map(|(tensor, encoding)| device_sum(tensor, *encoding, &weights))
-        .collect::<Result<Vec<_>, _>>()?;
-    let sums = Tensor::f_stack(&sums, 0)?.f_to_device(Device::Cpu)?;
+    let device = first.device();
+    let kernels = weight_kernels(device).filter(|_| tensors.iter().all(|(_, encoding)| *encoding == Encoding::Same2));
+    let sums = match kernels {
+        Some(kernels) => kernel_sums(&kernels, tensors, device)?,
+        None => composed_sums(tensors, device)?,
+    };
+    let sums = sums.f_to_device(Device::Cpu)?;
     let sums = Vec::<i64>::try_from(&sums)?;
     // What does not depend on the bits: the weights of n elements add up to n².
     let constant = |(tensor, _): &(Tensor, Encoding)| (tensor.numel() as u64).wrapping_mul(tensor.numel() as u64);
     Ok(sums.into_iter().zip(tensors).map(|(sum, tensor)| sum.cast_unsigned().wrapping_add(constant(tensor))).collect())
+}
+
+/// Σ bits·(2·index + 1) of each tensor of 16-bit elements, `[tensors]`.
+fn kernel_sums(
+    kernels: &WeightKernels,
+    tensors: &[(Tensor, Encoding)],
+    device: tch::Device,
+) -> Result<Tensor, TchError> {
+    let sums = Tensor::f_zeros([tensors.len() as i64], (Kind::Int64, device))?;
+    for ((tensor, _), place) in tensors.iter().zip(0..) {
+        kernels.sum_elements(tensor, &sums.f_narrow(0, place, 1)?)?;
+    }
+    Ok(sums)
+}
+
+/// The same by operations that every device has.
+fn composed_sums(tensors: &[(Tensor, Encoding)], device: tch::Device) -> Result<Tensor, TchError> {
+    let weights = Tensor::f_arange_start_step(1, 2 * GPU_STEP + 1, 2, (Kind::Int64, device))?;
+    let sums = tensors
+        .iter()
+        .map(|(tensor, encoding)| device_sum(tensor, *encoding, &weights))
+        .collect::<Result<Vec<_>, _>>()?;
+    Tensor::f_stack(&sums, 0)
 }
 
 /// Σ bits·(2·index + 1) as a tensor without dimensions; 64-bit integers wrap there as here.

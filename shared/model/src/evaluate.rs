@@ -147,7 +147,12 @@ impl Evaluation<'_> {
             None => pack.run(self.model, range.start).map(Part::Done),
         };
         match result {
-            Ok(part) => parts.push(part),
+            Ok(part) => {
+                parts.push(part);
+                if let Some(engine) = self.engine {
+                    engine.note_success();
+                }
+            }
             Err(ProveError::OutOfMemory { tokens, detail }) if members.len() > 1 => {
                 tracing::warn!(
                     tokens,

@@ -5,15 +5,18 @@ use std::sync::{Mutex, PoisonError};
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::cuda::on_loading_stream;
+use crate::device::host_threads;
 use crate::ffi;
 
-/// Bytes that one step moves to a GPU: a page-locked transfer of this size runs at full speed, and a proof that shares the device
-/// waits no longer than for one of them.
-const GPU_STEP_BYTES: usize = 1 << 24;
+/// Bytes that one step moves to a GPU: a page-locked transfer of this size runs at full speed, and what the threads hold together
+/// stays in a server's cache between the read and the transfer.
+const GPU_STEP_BYTES: usize = 1 << 23;
 /// The same on a CPU, where the buffer should stay in the cache.
 const CPU_STEP_BYTES: usize = 1 << 20;
-/// Threads that read: four of them reach most of what the bus carries.
-const MOST_THREADS: usize = 4;
+/// Threads that read for a CPU: memory is the limit there.
+const MOST_CPU_THREADS: usize = 4;
+/// Threads that read for a GPU: the copy into page-locked memory is the limit, and eight of them keep the bus busy.
+const MOST_GPU_THREADS: usize = 8;
 
 /// One tensor to be filled.
 #[derive(Debug)]
@@ -32,7 +35,10 @@ pub(crate) struct Fill<'b> {
 /// [`TchError`]; some of them may be filled then.
 pub(crate) fn fill(fills: Vec<Fill<'_>>) -> Result<(), TchError> {
     let device = fills.first().map_or(Device::Cpu, |fill| fill.to.device());
-    let step_bytes = if device == Device::Cpu { CPU_STEP_BYTES } else { GPU_STEP_BYTES };
+    let (step_bytes, most_threads) = match device {
+        Device::Cpu => (CPU_STEP_BYTES, MOST_CPU_THREADS.min(host_threads())),
+        _ => (GPU_STEP_BYTES, MOST_GPU_THREADS.min(std::thread::available_parallelism().map_or(1, usize::from))),
+    };
     let mut steps = Vec::new();
     for Fill { to, bytes, kind } in fills {
         let width = kind.elt_size_in_bytes();
@@ -43,7 +49,7 @@ pub(crate) fn fill(fills: Vec<Fill<'_>>) -> Result<(), TchError> {
             first += count;
         }
     }
-    let threads = crate::device::host_threads().min(MOST_THREADS).min(steps.len());
+    let threads = most_threads.min(steps.len());
     let steps = Mutex::new(steps.into_iter());
     std::thread::scope(|scope| {
         let work = || on_loading_stream(device, || take_steps(&steps, device, step_bytes));

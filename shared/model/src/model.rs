@@ -7,7 +7,7 @@ use grail_protocol::ids::{TokenId, WeightsHash};
 use tch::{Kind, Tensor};
 
 use crate::config::ModelConfig;
-use crate::cuda::beside_proofs;
+use crate::cuda::{beside_proofs, weight_kernels};
 use crate::device::{Device, Dtype};
 use crate::error::{LoadError, TorchError};
 use crate::ffi::Frozen;
@@ -74,6 +74,8 @@ impl Model {
         let network = beside_proofs(options.device, || {
             tch::no_grad(|| read_network(config, &files, (dtype.kind(), options.device.torch())))
         })?;
+        // Compiled now if it must be, not when a reload waits for them.
+        drop(weight_kernels(options.device.torch()));
         tracing::info!(
             folder = %folder.display(),
             device = %options.device,

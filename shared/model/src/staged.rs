@@ -4,12 +4,14 @@
 //! change. Wrong changes are found before anything is touched, and the weights need not be summed while proofs wait.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use grail_protocol::ids::WeightsHash;
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::changes::{Changes, Edit, bits_of, steps};
 use crate::checksum::{self, Checksums, Encoding, device_bits};
+use crate::cuda::{Selection, WeightKernels, weight_kernels};
 use crate::error::{ChangeError, ChecksumError};
 use crate::fill::{Fill, fill};
 use crate::model::Model;
@@ -88,8 +90,7 @@ impl Model {
     ) -> Result<StagedChanges, ChangeError> {
         assert!(changes.staged_bytes(self).is_some(), "only changes that can be staged are");
         let _guard = tch::no_grad_guard();
-        let places = self.network().places()?;
-        let steps = on_device(changes, &places)?;
+        let steps = on_device(changes, &self.network().places()?, self.own_kernels().as_deref())?;
         let mut expected = before.clone();
         for (tensor, sum) in self.differences(&steps)? {
             let unknown = || ChecksumError::Missing { tensor: tensor.clone() };
@@ -102,14 +103,14 @@ impl Model {
 
     /// By step: its tensor, and what its new bits add to that one's checksum. The host waits once.
     fn differences(&self, steps: &[Step]) -> Result<Vec<(String, u64)>, ChangeError> {
-        let kind = self.network().kind;
+        let (kind, kernels) = (self.network().kind, self.own_kernels());
         let mut sums = Vec::with_capacity(steps.len());
         for step in steps {
             let unknown = || ChecksumError::Unknown { tensor: step.tensor.clone() };
             let file = *self.dtypes.get(&step.tensor).ok_or_else(unknown)?;
             let inexact =
                 || ChecksumError::Inexact { tensor: step.tensor.clone(), file: file.name(), model: self.dtype() };
-            sums.push(step.difference(Encoding::of(file, kind).ok_or_else(inexact)?)?);
+            sums.push(step.difference(Encoding::of(file, kind).ok_or_else(inexact)?, kernels.as_deref())?);
         }
         if sums.is_empty() {
             return Ok(Vec::new());
@@ -145,23 +146,83 @@ impl Model {
     fn write(&mut self, staged: &StagedChanges, bits: Bits) -> Result<(), ChangeError> {
         let _guard = tch::no_grad_guard();
         let places = self.exclusive_places()?;
-        let mut differ = Vec::with_capacity(staged.steps.len());
-        for step in &staged.steps {
-            let Some(tensor) = places.get(&step.tensor) else { continue };
-            let values = match bits {
-                Bits::Old => &step.old,
-                Bits::New => &step.new,
-            };
-            differ.push(step.place.write(tensor, values)?);
-        }
-        // The one wait for the device; the steps before it are ordered as fast as the host can.
-        let is_written = differ.is_empty() || Tensor::f_stack(&differ, 0)?.f_any()?.f_int64_value(&[])? == 0;
-        if is_written { Ok(()) } else { Err(ChangeError::NotWritten) }
+        let values_of = |step: &Step| match bits {
+            Bits::Old => step.old.shallow_clone(),
+            Bits::New => step.new.shallow_clone(),
+        };
+        let values = staged.steps.iter().map(|step| (step.tensor.as_str(), &step.place, values_of(step)));
+        write(&places, values, self.own_kernels().as_deref())
+    }
+
+    /// Writes changes that are not staged, without a way back: for weights that nobody proves with yet.
+    pub(crate) fn write_unstaged(&mut self, changes: &Changes) -> Result<(), ChangeError> {
+        let _guard = tch::no_grad_guard();
+        let places = self.exclusive_places()?;
+        let steps = uploaded(changes, &places)?;
+        let values = steps.iter().map(|step| (step.tensor.as_str(), &step.place, step.new.shallow_clone()));
+        write(&places, values, self.own_kernels().as_deref())
+    }
+
+    /// Kernels of our own for these weights, if there are any.
+    fn own_kernels(&self) -> Option<Arc<WeightKernels>> {
+        weight_kernels(self.network().device).filter(|_| self.network().kind.elt_size_in_bytes() == 2)
     }
 }
 
+/// Writes elements and reads them again. The host waits once; what comes before is ordered as fast as it can.
+fn write<'s>(
+    places: &BTreeMap<String, Tensor>,
+    values: impl Iterator<Item = (&'s str, &'s Place, Tensor)>,
+    kernels: Option<&WeightKernels>,
+) -> Result<(), ChangeError> {
+    let mut differ = Vec::new();
+    let mut flag = None;
+    for (tensor, place, values) in values {
+        let Some(tensor) = places.get(tensor) else { continue };
+        match (place, kernels) {
+            (Place::At(positions), Some(kernels)) => {
+                let selection = Selection { tensor, positions, values: &values };
+                kernels.write(selection)?;
+                let flag = match &flag {
+                    Some(flag) => flag,
+                    None => flag.insert(Tensor::f_zeros([1], (Kind::Int, tensor.device()))?),
+                };
+                kernels.compare(selection, flag)?;
+            }
+            _ => differ.push(place.write(tensor, &values)?),
+        }
+    }
+    if let Some(flag) = flag {
+        differ.push(flag.f_any()?);
+    }
+    let is_written = differ.is_empty() || Tensor::f_stack(&differ, 0)?.f_any()?.f_int64_value(&[])? == 0;
+    if is_written { Ok(()) } else { Err(ChangeError::NotWritten) }
+}
+
+/// The new bits of some elements of one tensor, and where they belong.
+struct Uploaded {
+    tensor: String,
+    place: Place,
+    new: Tensor,
+}
+
 /// The steps of all changes: positions and new bits from the file, old bits from where the weights lie.
-fn on_device(changes: &Changes, places: &BTreeMap<String, Tensor>) -> Result<Vec<Step>, TchError> {
+fn on_device(
+    changes: &Changes,
+    places: &BTreeMap<String, Tensor>,
+    kernels: Option<&WeightKernels>,
+) -> Result<Vec<Step>, TchError> {
+    let mut made = Vec::new();
+    for Uploaded { tensor, place, new } in uploaded(changes, places)? {
+        let Some(held) = places.get(&tensor) else { continue };
+        let old = place.read(held, new.size1()?, kernels)?.f_view_dtype(held.kind())?;
+        made.push(Step { tensor, place, old, new });
+    }
+    Ok(made)
+}
+
+/// What the file says, on the weights' device, in pieces of bounded size.
+fn uploaded(changes: &Changes, places: &BTreeMap<String, Tensor>) -> Result<Vec<Uploaded>, TchError> {
     let mut fills = Vec::new();
     let mut edits = Vec::new();
     for edit in changes.edits() {
@@ -173,19 +234,18 @@ fn on_device(changes: &Changes, places: &BTreeMap<String, Tensor>) -> Result<Vec
         if let Some(positions) = &positions {
             fills.push(Fill { to: positions.shallow_clone(), bytes: changes.index(edit), kind: Kind::Int });
         }
-        edits.push((edit, tensor, positions, new));
+        edits.push((edit, positions, new));
     }
     fill(fills)?;
     let mut made = Vec::new();
-    for (edit, tensor, positions, new) in edits {
+    for (edit, positions, new) in edits {
         for range in steps(changes.element_count(edit)) {
             let part = |all: &Tensor| all.f_narrow(0, range.start as i64, range.len() as i64);
             let (place, new) = match &positions {
                 Some(positions) => (Place::At(part(positions)?), part(&new)?),
                 None => (Place::From(range.start as i64), part(&new)?),
             };
-            let old = place.read(tensor, new.size1()?)?.f_view_dtype(tensor.kind())?;
-            made.push(Step { tensor: edit.tensor.clone(), place, old, new });
+            made.push(Uploaded { tensor: edit.tensor.clone(), place, new });
         }
     }
     Ok(made)
@@ -193,9 +253,14 @@ fn on_device(changes: &Changes, places: &BTreeMap<String, Tensor>) -> Result<Vec
 
 impl Place {
     /// Bits of the elements of `tensor`, in memory of their own.
-    fn read(&self, tensor: &Tensor, count: i64) -> Result<Tensor, TchError> {
+    fn read(&self, tensor: &Tensor, count: i64, kernels: Option<&WeightKernels>) -> Result<Tensor, TchError> {
         let bits = bits_of(tensor)?;
         match self {
+            Self::At(positions) if let Some(kernels) = kernels => {
+                let values = Tensor::f_empty([count], (bits.kind(), bits.device()))?;
+                kernels.read(Selection { tensor: &bits, positions, values: &values })?;
+                Ok(values)
+            }
             Self::At(positions) => bits.f_index_select(0, &wide(positions)?),
             Self::From(first) => {
                 let part = bits.f_narrow(0, *first, count)?;
@@ -227,7 +292,12 @@ impl Place {
 
 impl Step {
     /// Σ (new bits − old bits)·(2·position + 1) as a tensor without dimensions; 64-bit integers wrap there as in a checksum.
-    fn difference(&self, encoding: Encoding) -> Result<Tensor, TchError> {
+    fn difference(&self, encoding: Encoding, kernels: Option<&WeightKernels>) -> Result<Tensor, TchError> {
+        if let (Place::At(positions), Some(kernels)) = (&self.place, kernels) {
+            let sum = Tensor::f_zeros([1], (Kind::Int64, positions.device()))?;
+            kernels.sum_differences(positions, [&self.old, &self.new], &sum)?;
+            return sum.f_squeeze();
+        }
         let weights = match &self.place {
             Place::At(positions) => wide(positions)?.f_mul_scalar_(2)?.f_add_scalar_(1)?,
             Place::From(first) => {

@@ -1,6 +1,7 @@
 //! Checkpoints to reload: a base, and targets that differ from it in a share of their elements.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use grail_ipc::jobs::ReloadOrder;
 use grail_ipc::messages::{ChangeSet, TensorChecksum};
@@ -30,6 +31,8 @@ pub(crate) struct Target {
     /// Share of the elements that differ.
     pub changed: f64,
     pub changes: ChangeSet,
+    /// From this checkpoint to the base again.
+    pub changes_back: ChangeSet,
 }
 
 /// A folder that is removed when it is dropped.
@@ -93,15 +96,11 @@ impl Checkpoint {
         std::fs::create_dir_all(folder).map_err(|source| scratch(folder, source))?;
         let path = folder.join("config.json");
         std::fs::write(&path, hf_config(config).to_string()).map_err(|source| scratch(&path, source))?;
-        let mut random = Random::new(1);
-        let tensors: Vec<OwnedTensor> = expected_tensors(config)
-            .into_iter()
-            .map(|(name, shape)| {
-                let count: usize = shape.iter().product();
-                let (dtype, bytes) = random_elements(&mut random, count, dtype);
-                OwnedTensor { name, dtype, shape, bytes }
-            })
-            .collect();
+        let tensors = by_several_threads(&expected_tensors(config), |place, (name, shape)| {
+            let count: usize = shape.iter().product();
+            let (dtype, bytes) = random_elements(&mut Random::new(place), count, dtype);
+            OwnedTensor { name: name.clone(), dtype, shape: shape.clone(), bytes }
+        });
         write(&folder.join("model.safetensors"), &tensors).map_err(|error| unusable(folder)(error.into()))?;
         Self::open(folder)
     }
@@ -115,28 +114,28 @@ impl Checkpoint {
         let path = folder.join("config.json");
         std::fs::copy(self.folder.join("config.json"), &path).map_err(|source| scratch(&path, source))?;
         let files = WeightFiles::open(&self.folder).map_err(unusable(&self.folder))?;
-        let mut random = Random::new(2);
-        let tensors: Vec<OwnedTensor> = files
-            .iter()
-            .map(|(name, view)| {
-                let mut bytes = view.bytes.to_vec();
-                change(&mut random, &mut bytes, view.dtype, share);
-                OwnedTensor { name: name.to_owned(), dtype: view.dtype, shape: view.shape.to_vec(), bytes }
-            })
-            .collect();
+        let views: Vec<_> = files.iter().collect();
+        let tensors = by_several_threads(&views, |place, (name, view)| {
+            let mut bytes = view.bytes.to_vec();
+            // Other seeds than those of the elements.
+            change(&mut Random::new(!place), &mut bytes, view.dtype, share);
+            OwnedTensor { name: (*name).to_owned(), dtype: view.dtype, shape: view.shape.to_vec(), bytes }
+        });
         let failed = unusable(folder);
         write(&folder.join("model.safetensors"), &tensors).map_err(|error| failed(error.into()))?;
         drop(tensors);
         let target = WeightFiles::open(folder).map_err(&failed)?;
-        let file = folder.join("changes.bin");
-        let changed = write_difference(&files, &target, &file).map_err(&failed)?;
+        let [there, back] = ["changes.bin", "changes-back.bin"].map(|name| folder.join(name));
+        let changed = write_difference(&files, &target, &there).map_err(&failed)?;
+        write_difference(&target, &files, &back).map_err(&failed)?;
         let elements: usize = files.iter().map(|(_, view)| view.shape.iter().product::<usize>()).sum();
         let checkpoint = Self::open(folder)?;
-        let file = file.to_string_lossy().into_owned();
-        let changes = ChangeSet { base: self.weights, weights: checkpoint.weights, file };
+        let set = |base, weights, file: &Path| ChangeSet { base, weights, file: file.to_string_lossy().into_owned() };
+        let changes = set(self.weights, checkpoint.weights, &there);
+        let changes_back = set(checkpoint.weights, self.weights, &back);
         #[expect(clippy::cast_precision_loss, reason = "counts far below 2^53")]
         let changed = changed as f64 / elements.max(1) as f64;
-        Ok(Target { checkpoint, changed, changes })
+        Ok(Target { checkpoint, changed, changes, changes_back })
     }
 
     /// The order to take these weights, from the folder unless `changes` lead there.
@@ -147,6 +146,29 @@ impl Checkpoint {
             ..ReloadOrder::from_folder(CheckpointWindow(0), &self.folder, self.weights)
         }
     }
+}
+
+/// What `work` makes of each item and its place, in their order; a large shape takes one thread minutes.
+fn by_several_threads<Item: Sync, Made: Send>(items: &[Item], work: impl Fn(u64, &Item) -> Made + Sync) -> Vec<Made> {
+    let next = AtomicUsize::new(0);
+    let take = || {
+        let mut made = Vec::new();
+        loop {
+            let place = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(place) else { return made };
+            made.push((place, work(place as u64, item)));
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut made: Vec<(usize, Made)> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(take)).collect();
+        let join = |worker: std::thread::ScopedJoinHandle<'_, _>| {
+            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        workers.into_iter().flat_map(join).collect()
+    });
+    made.sort_unstable_by_key(|(place, _)| *place);
+    made.into_iter().map(|(_, made)| made).collect()
 }
 
 /// Small numbers of both signs.

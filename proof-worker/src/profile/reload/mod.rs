@@ -104,9 +104,10 @@ async fn measure_all(arguments: &ProfileReloadArguments, scratch: &Path) -> Resu
     for shadow in [Shadow::Always, Shadow::Never] {
         let worker = Worker::start(arguments, (scratch, &base.folder), shadow).await?;
         quiet.extend(worker.quiet().await?);
-        let staged: &[bool] = if shadow == Shadow::Always { &[false, true] } else { &[false] };
-        for stages in staged.iter().copied() {
-            let full = targets.first().map(|target| Case { target, by_changes: false, stages });
+        for stages in [false, true] {
+            // Where the weights lie a folder is not made ready beforehand, but for its checks.
+            let has_folder = shadow == Shadow::Always || !(stages || arguments.no_folder_in_place);
+            let full = targets.first().filter(|_| has_folder).map(|target| Case { target, by_changes: false, stages });
             let deltas = targets.iter().map(|target| Case { target, by_changes: true, stages });
             for case in full.into_iter().chain(deltas) {
                 cases.push(measure(&worker, &base, &case, arguments.repeats).await?);
@@ -146,8 +147,9 @@ fn base(arguments: &ProfileReloadArguments, folder: &Path) -> Result<Checkpoint,
 
 async fn measure(worker: &Worker, base: &Checkpoint, case: &Case<'_>, repeats: u32) -> Result<ReloadCase, WorkerError> {
     let Case { target, by_changes, stages } = case;
-    let changes = if *by_changes { std::slice::from_ref(&target.changes) } else { &[] };
-    let (there, back): (ReloadOrder, ReloadOrder) = (target.checkpoint.order(changes), base.order(&[]));
+    let sets = |set| if *by_changes { std::slice::from_ref(set) } else { &[] };
+    let (there, back): (ReloadOrder, ReloadOrder) =
+        (target.checkpoint.order(sets(&target.changes)), base.order(sets(&target.changes_back)));
     let mut samples: Vec<Sample> = Vec::new();
     for _ in 0..repeats {
         samples.push(worker.reload(&there, *stages).await?);

@@ -10,32 +10,39 @@ use xxhash_rust::xxh3::{Xxh3Default, xxh3_128};
 use super::ffi::Compiler;
 use crate::gpu::BUILD;
 
-/// The kernels' source; see its head for the macros.
-pub(crate) const SOURCE: &CStr = c_source();
+/// The forward pass's source; see its head for the macros.
+pub(super) const FORWARD: &CStr = c_source(concat!(include_str!("../../cuda/kernels.cu"), "\0"));
+/// The source for weights where they lie; it has no macros.
+pub(super) const WEIGHTS: &CStr = c_source(concat!(include_str!("../../cuda/weights.cu"), "\0"));
 
 /// Bytes of the checksum before a kept image.
 const CHECKSUM_BYTES: usize = 16;
 
-const fn c_source() -> &'static CStr {
-    match CStr::from_bytes_with_nul(concat!(include_str!("../../cuda/kernels.cu"), "\0").as_bytes()) {
+const fn c_source(text: &'static str) -> &'static CStr {
+    match CStr::from_bytes_with_nul(text.as_bytes()) {
         Ok(source) => source,
         Err(_) => panic!("the source holds no zero byte"),
     }
 }
 
-/// Machine code for a card of compute capability `capability` and the given macros, from the cache or from the compiler of the
-/// torch whose libraries lie in `libraries`.
+/// Machine code of `source` for a card of compute capability `capability` and the given macros, from the cache or from the compiler
+/// of the torch whose libraries lie in `libraries`.
 ///
 /// # Errors
 /// Why there is none: no compiler, or what the compiler says.
-pub(crate) fn image(libraries: &Path, capability: (i32, i32), macros: &[String]) -> Result<Vec<u8>, String> {
+pub(super) fn image(
+    libraries: &Path,
+    capability: (i32, i32),
+    source: &CStr,
+    macros: &[String],
+) -> Result<Vec<u8>, String> {
     let options = options(capability, macros);
-    let kept = cache_folder().map(|folder| folder.join(file_name(&options)));
+    let kept = cache_folder().map(|folder| folder.join(file_name(source, &options)));
     if let Some(image) = kept.as_deref().and_then(read) {
         return Ok(image);
     }
     let started = std::time::Instant::now();
-    let image = compiler(libraries)?.compile(SOURCE, &c_strings(&options)?)?;
+    let image = compiler(libraries)?.compile(source, &c_strings(&options)?)?;
     tracing::info!(?capability, bytes = image.len(), took = ?started.elapsed(), "Kernels compiled.");
     if let Some(path) = kept
         && let Err(error) = write(&path, &image)
@@ -78,13 +85,13 @@ fn cache_folder() -> Option<PathBuf> {
 }
 
 /// One name for each source, set of options and build of torch, whose compiler it is.
-fn file_name(options: &[String]) -> String {
+fn file_name(source: &CStr, options: &[String]) -> String {
     let mut hasher = Xxh3Default::new();
     for part in std::iter::once(BUILD).chain(options.iter().map(String::as_str)) {
         hasher.update(part.as_bytes());
         hasher.update(&[0]);
     }
-    hasher.update(SOURCE.to_bytes());
+    hasher.update(source.to_bytes());
     format!("{:032x}.cubin", hasher.digest128())
 }
 
@@ -127,11 +134,14 @@ mod tests {
     }
 
     #[test]
-    fn names_differ_by_card_and_shape() {
-        let name = |capability, definition: &str| file_name(&options(capability, &[definition.to_owned()]));
+    fn names_differ_by_source_card_and_shape() {
+        let of =
+            |source, capability, definition: &str| file_name(source, &options(capability, &[definition.to_owned()]));
+        let name = |capability, definition: &str| of(FORWARD, capability, definition);
         assert_eq!(name((9, 0), "HIDDEN=64"), name((9, 0), "HIDDEN=64"));
         assert_ne!(name((9, 0), "HIDDEN=64"), name((8, 0), "HIDDEN=64"));
         assert_ne!(name((9, 0), "HIDDEN=64"), name((9, 0), "HIDDEN=128"));
+        assert_ne!(name((9, 0), "HIDDEN=64"), of(WEIGHTS, (9, 0), "HIDDEN=64"));
     }
 
     #[test]

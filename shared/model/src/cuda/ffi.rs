@@ -240,6 +240,7 @@ pub(crate) enum Argument {
     /// Address in device memory; 0 is null.
     Address(u64),
     Int(i32),
+    Wide(u64),
 }
 
 impl Function {
@@ -260,7 +261,7 @@ impl Function {
         let mut places: Vec<*mut c_void> = arguments
             .iter()
             .map(|argument| match argument {
-                Argument::Address(address) => std::ptr::from_ref(address).cast_mut().cast(),
+                Argument::Address(value) | Argument::Wide(value) => std::ptr::from_ref(value).cast_mut().cast(),
                 Argument::Int(value) => std::ptr::from_ref(value).cast_mut().cast(),
             })
             .collect();

@@ -7,6 +7,8 @@ use super::ffi::{self, VarlenKernel};
 use super::kernel_tests::{self, Subject, config, difference, poisoned_on, random_on};
 use super::kernels::{Angles, Dimensions, Kernels, Lane};
 use super::layout::{Layout, Predictions};
+use super::weight_tests::{self, WeightSubject};
+use super::weights::{Selection, WeightKernels};
 use crate::attention::{AttentionPlan, HeadShape};
 use crate::config::{Architecture, ModelConfig};
 use crate::gpu::{self, GpuSupport};
@@ -82,6 +84,41 @@ fn kernels_compute_what_the_composition_does() {
     for config in configs() {
         kernel_tests::all(&Gpu::of(&config), &config);
     }
+}
+
+impl WeightSubject for WeightKernels {
+    fn weights_device(&self) -> Device {
+        GPU
+    }
+
+    fn sum_elements(&self, x: &Tensor, total: &Tensor) {
+        self.sum_elements(x, total).unwrap();
+    }
+
+    fn sum_differences(&self, positions: &Tensor, values: [&Tensor; 2], total: &Tensor) {
+        self.sum_differences(positions, values, total).unwrap();
+    }
+
+    fn read(&self, selection: Selection<'_>) {
+        self.read(selection).unwrap();
+    }
+
+    fn write(&self, selection: Selection<'_>) {
+        self.write(selection).unwrap();
+    }
+
+    fn compare(&self, selection: Selection<'_>, differ: &Tensor) {
+        self.compare(selection, differ).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn kernels_for_weights_compute_what_a_host_does() {
+    let GpuSupport::Loaded { .. } = gpu::enable() else { panic!("no CUDA library") };
+    // Makes the device's context.
+    drop(Tensor::zeros([1], (Kind::Float, GPU)));
+    weight_tests::all(&WeightKernels::load(0).unwrap());
 }
 
 /// A prompt with three continuations and a sequence of its own.

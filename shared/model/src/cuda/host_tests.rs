@@ -8,6 +8,8 @@ use tch::{Device, Tensor};
 
 use super::kernel_tests::{self, Subject, config};
 use super::kernels::{Angles, Dimensions, Shape};
+use super::weight_tests::{self, WeightSubject};
+use super::weights::{self, Selection};
 use crate::config::{Architecture, ModelConfig};
 use crate::ffi::host_bytes;
 
@@ -23,6 +25,7 @@ enum Word<'t> {
     Memory(&'t Tensor),
     Null,
     Int(i64),
+    Wide(usize),
 }
 
 impl<'t> Word<'t> {
@@ -56,9 +59,15 @@ impl Host {
     /// Runs a kernel over tensors in host memory, which it changes.
     fn run(&self, kernel: &str, Shape { blocks: (columns, lines), threads }: Shape, words: &[Word<'_>]) {
         let text = |word: &Word<'_>| match word {
-            Word::Memory(tensor) => format!("bytes:{}", host_bytes(tensor).unwrap().len()),
+            Word::Memory(tensor) => {
+                let bytes = host_bytes(tensor).unwrap();
+                // Aligned as it is here: kernels see to it.
+                let is_shifted = !bytes.as_ptr().cast::<u8>().addr().is_multiple_of(16);
+                format!("bytes{}:{}", if is_shifted { "+2" } else { "" }, bytes.len())
+            }
             Word::Null => "null".to_owned(),
             Word::Int(value) => format!("int:{value}"),
+            Word::Wide(value) => format!("wide:{value}"),
         };
         let mut child = Command::new(&self.program)
             .args([kernel.to_owned(), columns.to_string(), lines.to_string(), threads.to_string()])
@@ -134,6 +143,47 @@ impl Subject for Host {
         let words = [Word::Memory(hidden), Word::Memory(buckets), Word::Int(rows)];
         self.run("select_buckets", self.dimensions.select_buckets(rows).unwrap(), &words);
     }
+}
+
+impl WeightSubject for Host {
+    fn weights_device(&self) -> Device {
+        Device::Cpu
+    }
+
+    fn sum_elements(&self, x: &Tensor, total: &Tensor) {
+        let words = [Word::Memory(x), Word::Wide(x.numel()), Word::Memory(total)];
+        self.run("sum_elements", weights::shape(x.numel() as i64), &words);
+    }
+
+    fn sum_differences(&self, positions: &Tensor, [before, after]: [&Tensor; 2], total: &Tensor) {
+        let [before, after, places, total] = [before, after, positions, total].map(Word::Memory);
+        let words = [before, after, places, Word::Wide(positions.numel()), total];
+        self.run("sum_differences", weights::shape(positions.numel() as i64), &words);
+    }
+
+    fn read(&self, Selection { tensor, positions, values }: Selection<'_>) {
+        let count = positions.numel();
+        let words = [Word::Memory(tensor), Word::Memory(positions), Word::Wide(count), Word::Memory(values)];
+        self.run("read_elements", weights::shape(count as i64), &words);
+    }
+
+    fn write(&self, Selection { tensor, positions, values }: Selection<'_>) {
+        let count = positions.numel();
+        let words = [Word::Memory(tensor), Word::Memory(positions), Word::Memory(values), Word::Wide(count)];
+        self.run("write_elements", weights::shape(count as i64), &words);
+    }
+
+    fn compare(&self, Selection { tensor, positions, values }: Selection<'_>, differ: &Tensor) {
+        let count = positions.numel();
+        let [tensor, positions, values, differ] = [tensor, positions, values, differ].map(Word::Memory);
+        let words = [tensor, positions, values, Word::Wide(count), differ];
+        self.run("compare_elements", weights::shape(count as i64), &words);
+    }
+}
+
+#[test]
+fn kernels_for_weights_compute_what_a_host_does() {
+    weight_tests::all(&Host::of(&config([64, 4, 2, 16, 160, 512], Architecture::Qwen3)));
 }
 
 fn check(sizes: [usize; 6], architecture: Architecture) {

@@ -173,7 +173,7 @@ impl Kernels {
         if capability.0 < 8 {
             return Err(format!("compute capability {}.{} has no bfloat16: 8.0 is needed", capability.0, capability.1));
         }
-        let image = compile::image(libraries, capability, &dimensions.macros())?;
+        let image = compile::image(libraries, capability, compile::FORWARD, &dimensions.macros())?;
         let module = context.load(&image).map_err(text)?;
         let function = |name| module.function(name).map_err(text);
         Ok(Self {

@@ -16,6 +16,9 @@ mod host_tests;
 mod kernel_tests;
 mod kernels;
 mod layout;
+#[cfg(test)]
+mod weight_tests;
+mod weights;
 mod workspace;
 
 use std::path::Path;
@@ -33,14 +36,17 @@ use crate::gpu::{self, GpuSupport};
 
 pub(crate) use self::forward::{BatchOutput, Launched};
 pub(crate) use self::layout::Predictions;
+pub(crate) use self::weights::{Selection, WeightKernels, weight_kernels};
 
-/// Variable that switches the engine on. It is off unless asked for: it has not been held against other implementations on a GPU.
+/// Variable that leaves out own kernels, to compare or to go round a fault of theirs; see `docs/benchmarks/gpu.md`.
 const KERNELS: &str = "GRAIL_PROOF_KERNELS";
-const OWN_KERNELS: &str = "own";
+const NO_KERNELS: &str = "off";
 /// Rows of a batch that memory must allow for before a shadow copy of the weights is provided for.
 const LEAST_ROWS: usize = 4096;
 /// Fewest rows that a batch is halved to by a shortage of memory; a longer sequence runs alone.
 const LEAST_LIMIT: usize = 512;
+/// Batches that must fit before one of twice as many rows is tried again: the attempt costs less than one of them.
+const BATCHES_BEFORE_MORE: usize = 64;
 /// Device memory that is left alone: the matrix products' workspaces, and what the allocator cannot use.
 const SPARE_BYTES: usize = 1 << 30;
 
@@ -51,8 +57,42 @@ pub(crate) struct Engine {
     kernels: Kernels,
     attention: Attention,
     workspace: Mutex<Workspace>,
-    /// Most rows of a batch for which memory suffices, as far as is known.
-    most_rows: AtomicUsize,
+    limit: RowLimit,
+}
+
+/// Most rows of a batch for which memory suffices, as far as is known. What took the memory may be gone again later, as a second copy
+/// of the weights is, so a limit that was lowered rises after a while.
+#[derive(Debug)]
+struct RowLimit {
+    /// By the memory that was free at the start.
+    most: AtomicUsize,
+    now: AtomicUsize,
+    /// Batches since the limit was changed.
+    batches: AtomicUsize,
+}
+
+impl RowLimit {
+    const fn none() -> Self {
+        Self { most: AtomicUsize::new(usize::MAX), now: AtomicUsize::new(usize::MAX), batches: AtomicUsize::new(0) }
+    }
+
+    fn set(&self, rows: usize) {
+        self.most.store(rows, Ordering::Relaxed);
+        self.now.store(rows, Ordering::Relaxed);
+    }
+
+    fn halve(&self, rows: usize) {
+        self.now.fetch_min((rows / 2).max(LEAST_LIMIT), Ordering::Relaxed);
+        self.batches.store(0, Ordering::Relaxed);
+    }
+
+    fn note_success(&self) {
+        let (now, most) = (self.now.load(Ordering::Relaxed), self.most.load(Ordering::Relaxed));
+        if now < most && self.batches.fetch_add(1, Ordering::Relaxed) + 1 >= BATCHES_BEFORE_MORE {
+            self.now.store(now.saturating_mul(2).min(most), Ordering::Relaxed);
+            self.batches.store(0, Ordering::Relaxed);
+        }
+    }
 }
 
 /// Runs `work`, and returns when a GPU has done what it ordered there. Its orders go to a stream of their own: in the stream of the
@@ -75,13 +115,13 @@ pub(crate) fn on_loading_stream<T>(device: tch::Device, work: impl FnOnce() -> T
 
 /// The engine of a GPU and a model shape; made at the first call, which says once how it will compute.
 ///
-/// `None` where the composition of libtorch's operations computes: unless `GRAIL_PROOF_KERNELS` is `own`, on a CPU, in another precision than bfloat16, and where the
-/// kernels cannot be had.
+/// `None` where the composition of libtorch's operations computes: on a CPU, in another precision than bfloat16, where the kernels
+/// cannot be had, and if `GRAIL_PROOF_KERNELS` is `off`.
 pub(crate) fn engine(config: &ModelConfig, device: Device, dtype: Dtype) -> Option<Arc<Engine>> {
     type Known = Vec<(usize, ModelConfig, Option<Arc<Engine>>)>;
     static KNOWN: Mutex<Known> = Mutex::new(Vec::new());
     let (Device::Cuda(index), Dtype::Bf16) = (device, dtype) else { return None };
-    if std::env::var(KERNELS).as_deref() != Ok(OWN_KERNELS) {
+    if !are_wanted() {
         return None;
     }
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -94,6 +134,11 @@ pub(crate) fn engine(config: &ModelConfig, device: Device, dtype: Dtype) -> Opti
     let engine = made.ok();
     known.push((index, config.clone(), engine.clone()));
     engine
+}
+
+/// Whether own kernels are used where they can be had.
+fn are_wanted() -> bool {
+    std::env::var(KERNELS).as_deref() != Ok(NO_KERNELS)
 }
 
 impl Engine {
@@ -111,7 +156,7 @@ impl Engine {
         });
         let engine = Self {
             workspace: Mutex::new(Workspace::empty(tch::Device::Cuda(device))),
-            most_rows: AtomicUsize::new(usize::MAX),
+            limit: RowLimit::none(),
             device,
             kernels,
             attention,
@@ -125,18 +170,22 @@ impl Engine {
     fn budget(&self, config: &ModelConfig) {
         let Some((free, _)) = crate::ffi::cuda_memory(Some(self.device)) else { return };
         let rows = rows_that_fit(free, config.parameters() * 2, Workspace::bytes_per_row(&self.kernels.dimensions));
-        self.most_rows.store(rows, Ordering::Relaxed);
+        self.limit.set(rows);
     }
 
     /// Most rows of a batch, not above `configured`.
     pub(crate) fn most_rows(&self, configured: usize) -> usize {
-        self.most_rows.load(Ordering::Relaxed).min(configured)
+        self.limit.now.load(Ordering::Relaxed).min(configured)
     }
 
     /// Notes that a batch of `rows` rows did not fit.
     pub(crate) fn halve(&self, rows: usize) {
-        let half = (rows / 2).max(LEAST_LIMIT);
-        self.most_rows.fetch_min(half, Ordering::Relaxed);
+        self.limit.halve(rows);
+    }
+
+    /// Notes that a batch had the memory that it needs.
+    pub(crate) fn note_success(&self) {
+        self.limit.note_success();
     }
 }
 
@@ -161,6 +210,25 @@ mod tests {
         let no_copy = rows_that_fit(8 * GIB, weights, row);
         assert!((30_000..50_000).contains(&no_copy), "{no_copy}");
         assert_eq!(rows_that_fit(GIB, weights, row), LEAST_LIMIT);
+    }
+
+    #[test]
+    fn a_limit_that_was_lowered_rises_again_to_what_it_was() {
+        let limit = RowLimit::none();
+        limit.set(30_000);
+        let after = |batches: usize| {
+            (0..batches).for_each(|_| limit.note_success());
+            limit.now.load(Ordering::Relaxed)
+        };
+        assert_eq!(after(2 * BATCHES_BEFORE_MORE), 30_000);
+        limit.halve(20_000);
+        assert_eq!(after(BATCHES_BEFORE_MORE - 1), 10_000);
+        limit.halve(10_000);
+        assert_eq!(after(BATCHES_BEFORE_MORE - 1), 5_000, "a failure begins the wait anew");
+        assert_eq!((after(1), after(BATCHES_BEFORE_MORE)), (10_000, 20_000));
+        assert_eq!(after(5 * BATCHES_BEFORE_MORE), 30_000);
+        limit.halve(600);
+        assert_eq!(limit.now.load(Ordering::Relaxed), LEAST_LIMIT);
     }
 
     #[test]
