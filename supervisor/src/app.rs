@@ -446,16 +446,16 @@ fn config_command(args: &ConfigArgs, inputs: &Inputs) -> ExitCode {
 }
 
 fn start_logging(config: &Config, verbosity: u8) {
-    let options = Options { verbosity, format: Format::default(), directives: config.log.value.clone() };
-    if let Err(error) = grail_telemetry::init(&options) {
-        note(format_args!("grail-supervisor: warning: logging: {}", with_causes(&error)));
-    }
+    log_with(config.log.value.clone(), verbosity);
 }
 
 /// For commands whose answer says all of it: only what is wrong is logged, unless more is asked for.
 fn start_logging_quietly(config: &Config, verbosity: u8) {
     let quiet = || (verbosity == 0).then(|| "warn".to_owned());
-    let directives = config.log.value.clone().or_else(quiet);
+    log_with(config.log.value.clone().or_else(quiet), verbosity);
+}
+
+fn log_with(directives: Option<String>, verbosity: u8) {
     let options = Options { verbosity, format: Format::default(), directives };
     if let Err(error) = grail_telemetry::init(&options) {
         note(format_args!("grail-supervisor: warning: logging: {}", with_causes(&error)));

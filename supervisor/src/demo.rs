@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use grail_checkpoint::{GenerationParams, PolicyDefect, ThinkingModeName};
+use grail_checkpoint::{GenerationParams, MetadataInput, PolicyDefect, ThinkingModeName};
 use grail_environments::datasets::DatasetSettings;
 use grail_environments::{EnvironmentId, Split, gsm8k, humaneval, math, mbpp};
 use serde::Deserialize;
@@ -124,6 +124,22 @@ impl Demo {
             self.rows.insert(environment, folder);
         }
         Ok(self)
+    }
+
+    /// What a checkpoint of the demo says of itself: without a parent, of the beginning of time.
+    #[must_use]
+    pub fn metadata_input(&self) -> MetadataInput {
+        MetadataInput {
+            model_name: self.metadata.model_name.clone(),
+            env_id: self.metadata.env_id.clone(),
+            env_params: self.metadata.env_params.clone(),
+            generation: self.generation,
+            thinking_mode: self.metadata.thinking_mode,
+            parent_window: None,
+            training_config: serde_json::Map::new(),
+            git_commit: env!("CARGO_PKG_VERSION").to_owned(),
+            created_at: 0.0,
+        }
     }
 
     /// `settings` with the demo's rows for every environment for which they name no path.

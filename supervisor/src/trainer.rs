@@ -123,15 +123,9 @@ impl LocalTrainer {
     fn input(&self, checkpoint: CheckpointWindow) -> MetadataInput {
         let created_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         MetadataInput {
-            model_name: self.demo.metadata.model_name.clone(),
-            env_id: self.demo.metadata.env_id.clone(),
-            env_params: self.demo.metadata.env_params.clone(),
-            generation: self.demo.generation,
-            thinking_mode: self.demo.metadata.thinking_mode,
             parent_window: WindowStart::try_from(checkpoint.0.saturating_sub(WINDOW_LENGTH)).ok(),
-            training_config: serde_json::Map::new(),
-            git_commit: env!("CARGO_PKG_VERSION").to_owned(),
             created_at,
+            ..self.demo.metadata_input()
         }
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use grail_checkpoint::layout::{METADATA_FILE, ROOT, Tree, object_key, ready_key};
-use grail_checkpoint::{CheckpointStore, DeltaFormat, DeltaInput, MetadataInput, publish_delta, publish_full};
+use grail_checkpoint::{CheckpointStore, DeltaFormat, DeltaInput, publish_delta, publish_full};
 use grail_protocol::ids::CheckpointWindow;
 use grail_protocol::window_file;
 use grail_supervisor::demo::Demo;
@@ -50,23 +50,9 @@ impl Trainer {
         Self { folder, store, demo, runtime }
     }
 
-    fn input(&self) -> MetadataInput {
-        MetadataInput {
-            model_name: self.demo.metadata.model_name.clone(),
-            env_id: self.demo.metadata.env_id.clone(),
-            env_params: self.demo.metadata.env_params.clone(),
-            generation: self.demo.generation,
-            thinking_mode: self.demo.metadata.thinking_mode,
-            parent_window: None,
-            training_config: serde_json::Map::new(),
-            git_commit: "test".to_owned(),
-            created_at: 0.0,
-        }
-    }
-
     /// A FULL of the files in `folder`, ready in window `ready`.
     pub fn full(&self, window: CheckpointWindow, folder: &Path, ready: u64) {
-        self.runtime.block_on(publish_full(&self.store, window, folder, &self.input(), ready)).unwrap();
+        self.runtime.block_on(publish_full(&self.store, window, folder, &self.demo.metadata_input(), ready)).unwrap();
     }
 
     /// The checkpoint that the first window is mined with.
@@ -87,7 +73,7 @@ impl Trainer {
             format: DeltaFormat::V31,
             ready: ready.into(),
         };
-        self.runtime.block_on(publish_delta(&self.store, &delta, &self.input())).unwrap();
+        self.runtime.block_on(publish_delta(&self.store, &delta, &self.demo.metadata_input())).unwrap();
     }
 
     /// The marker of a checkpoint.
