@@ -219,6 +219,7 @@ impl Engine {
             randomness: plan.randomness.as_hex().to_owned(),
             use_drand: plan.use_drand,
             model_name: plan.model_name.clone(),
+            policy: plan.policy(),
         };
         let (spool, recovered) = self.open_spool(&header)?;
         if let Some((bytes, kept)) = recovered.torn {
@@ -259,18 +260,16 @@ impl Engine {
         })
     }
 
-    /// Opens the window's spool. One that was begun with another checkpoint, before a late marker and a crash, is of no use.
+    /// Opens the window's spool. One that was begun with another checkpoint or policy, before a late marker and a crash, is of no use.
     fn open_spool(&self, header: &SpoolHeader) -> Result<(Spool, Recovered), SpoolError> {
         let path = spool::path_of(&self.spool_dir, header.window);
         if let Ok((Some(found), groups)) = spool::read(&path)
-            && found.window_hash == header.window_hash
-            && found.hotkey == header.hotkey
-            && (found.checkpoint, found.weights) != (header.checkpoint, header.weights)
+            && found.is_superseded_by(header)
         {
             let kept = spool::set_aside(&path)?;
             tracing::warn!(window = %header.window, groups = groups.len(), made_with = %found.checkpoint,
-                demanded = %header.checkpoint, kept = %kept.display(),
-                "The spool was begun with another checkpoint than the rule names now; it is set aside.");
+                demanded = %header.checkpoint, made_by = found.policy, policy = header.policy, kept = %kept.display(),
+                "The spool was begun with another checkpoint or policy than the rule names now; it is set aside.");
         }
         Spool::open(&self.spool_dir, header)
     }

@@ -33,3 +33,18 @@ pub struct WindowPlan {
     /// Latest time at which the object may be stored: four seconds before block `W + 30`.
     pub deadline: SystemTime,
 }
+
+impl WindowPlan {
+    /// What the checkpoint's metadata want, in one line: groups that were mined otherwise must not be in one file with these.
+    #[must_use]
+    pub fn policy(&self) -> String {
+        let GenerationParams { max_tokens, temperature, top_p, top_k, repetition_penalty } = self.sampling;
+        format!(
+            "{} {} {}, max_tokens {max_tokens}, temperature {temperature}, top_p {top_p}, top_k {top_k}, repetition_penalty \
+             {repetition_penalty}",
+            self.environment.as_str(),
+            self.split.as_str(),
+            self.thinking.as_str()
+        )
+    }
+}

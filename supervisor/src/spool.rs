@@ -50,6 +50,23 @@ pub struct SpoolHeader {
     pub randomness: String,
     pub use_drand: bool,
     pub model_name: String,
+    /// How the checkpoint's metadata wanted it to be mined, see [`crate::plan::WindowPlan::policy`]; empty in a spool of an earlier
+    /// version, which did not say.
+    #[serde(default)]
+    pub policy: String,
+}
+
+impl SpoolHeader {
+    /// Whether both are of one window and hotkey, but groups of one must not be in a file with groups of the other.
+    pub fn is_superseded_by(&self, other: &Self) -> bool {
+        let is_same_window = (&self.window_hash, &self.hotkey) == (&other.window_hash, &other.hotkey);
+        is_same_window
+            && ((self.checkpoint, self.weights) != (other.checkpoint, other.weights) || self.differs_in_policy(other))
+    }
+
+    fn differs_in_policy(&self, other: &Self) -> bool {
+        !self.policy.is_empty() && self.policy != other.policy
+    }
 }
 
 /// One group, complete.
@@ -265,7 +282,7 @@ pub fn path_of(folder: &Path, window: WindowStart) -> PathBuf {
 }
 
 /// Gives a spool a name under which nobody takes it for the window's, and returns it: its groups were made with a checkpoint
-/// that is not the window's. It is kept for inspection and cleaned by age; the newest of a window stays.
+/// or by a policy that is not the window's. It is kept for inspection and cleaned by age; the newest of a window stays.
 ///
 /// # Errors
 /// If it cannot be renamed.
@@ -340,12 +357,11 @@ fn check_same(path: &Path, found: &SpoolHeader, expected: &SpoolHeader) -> Resul
         ("randomness", found.randomness.clone(), expected.randomness.clone()),
         ("model name", found.model_name.clone(), expected.model_name.clone()),
     ];
-    for (what, found, expected) in facts {
-        if found != expected {
-            return Err(SpoolError::OtherWindow { path: path.to_owned(), what, found, expected });
-        }
+    let policy = found.differs_in_policy(expected).then(|| ("policy", found.policy.clone(), expected.policy.clone()));
+    match facts.into_iter().chain(policy).find(|(_, found, expected)| found != expected) {
+        Some((what, found, expected)) => Err(SpoolError::OtherWindow { path: path.to_owned(), what, found, expected }),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -363,6 +379,7 @@ mod tests {
             randomness: "ab".into(),
             use_drand: true,
             model_name: "m".into(),
+            policy: "p".into(),
         }
     }
 
@@ -426,6 +443,44 @@ mod tests {
         let other = SpoolHeader { randomness: "cd".into(), ..header() };
         let error = Spool::open(folder.path(), &other).unwrap_err().to_string();
         assert!(error.contains("randomness: ab, expected cd"), "{error}");
+    }
+
+    #[test]
+    fn groups_of_another_policy_are_told_apart_and_those_of_a_version_without_it_are_kept() {
+        let other = SpoolHeader { policy: "q".into(), ..header() };
+        assert!(header().is_superseded_by(&other) && !header().is_superseded_by(&header()));
+        assert!(header().is_superseded_by(&SpoolHeader { weights: WeightsHash(8), ..header() }));
+        let foreign = SpoolHeader { hotkey: Hotkey("5G".into()), ..other.clone() };
+        assert!(!header().is_superseded_by(&foreign), "not ours to set aside");
+        let folder = tempfile::tempdir().unwrap();
+        filled(folder.path(), 1);
+        let error = Spool::open(folder.path(), &other).unwrap_err().to_string();
+        assert!(error.contains("policy: p, expected q"), "{error}");
+
+        // As an earlier version wrote it.
+        #[derive(Serialize)]
+        struct Earlier {
+            window: WindowStart,
+            window_hash: BlockHash,
+            hotkey: Hotkey,
+            checkpoint: CheckpointWindow,
+            weights: WeightsHash,
+            randomness: String,
+            use_drand: bool,
+            model_name: String,
+        }
+        let SpoolHeader { window, window_hash, hotkey, checkpoint, weights, randomness, use_drand, model_name, .. } =
+            header();
+        let earlier = Earlier { window, window_hash, hotkey, checkpoint, weights, randomness, use_drand, model_name };
+        let payload = rmp_serde::to_vec_named(&earlier).unwrap();
+        let length = u32::try_from(payload.len()).unwrap().to_le_bytes();
+        let content = [MAGIC.as_slice(), &length, &checksum(&payload), &payload].concat();
+        std::fs::write(path_of(folder.path(), header().window), content).unwrap();
+        let (mut spool, recovered) = Spool::open(folder.path(), &other).unwrap();
+        assert!(recovered.groups.is_empty() && recovered.torn.is_none());
+        spool.append(&group(0)).unwrap();
+        let (found, groups) = read(spool.path()).unwrap();
+        assert_eq!((found.unwrap().policy.as_str(), groups.len()), ("", 1));
     }
 
     #[test]
