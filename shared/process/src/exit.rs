@@ -16,7 +16,7 @@ pub enum ExitCode {
     BadData = 65,
     /// An input is missing.
     MissingInput = 66,
-    /// A service is unavailable at the start: node, store, relay.
+    /// A service is unavailable at the start: node, store, relay, hub.
     Unavailable = 69,
     /// A defect of the program.
     Bug = 70,
@@ -67,7 +67,7 @@ impl ExitCode {
             Self::Usage => "usage error",
             Self::BadData => "bad data (context, checkpoint, dataset, input line)",
             Self::MissingInput => "input is missing",
-            Self::Unavailable => "a service is unavailable (node, store, relay, at the start)",
+            Self::Unavailable => "a service is unavailable (node, store, relay, hub, at the start)",
             Self::Bug => "a defect of the program",
             Self::CannotWrite => "cannot write (disk full, lock held)",
             Self::Temporary => "temporary failure, start again",

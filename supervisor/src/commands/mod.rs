@@ -208,6 +208,7 @@ pub(crate) fn of_source(error: &SourceError) -> ExitCode {
     match error {
         SourceError::Evaluators { source, .. } => of_pool(source),
         SourceError::Dataset { source, .. } => match &**source {
+            DatasetError::NotFound { is_temporary: true, .. } => ExitCode::Unavailable,
             DatasetError::NotFound { .. } | DatasetError::NoPath { .. } | DatasetError::NotEmbedded { .. } => {
                 ExitCode::MissingInput
             }
@@ -229,5 +230,23 @@ fn of_context(error: &ContextError) -> ExitCode {
     match error {
         ContextError::Read { .. } | ContextError::Rows { .. } => ExitCode::MissingInput,
         ContextError::Malformed { .. } | ContextError::Contradiction { .. } => ExitCode::BadData,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use grail_environments::{EnvironmentId, Split};
+
+    use super::*;
+
+    #[test]
+    fn a_hub_that_does_not_answer_is_worth_another_start_and_one_without_the_rows_is_not() {
+        let code = |is_temporary| {
+            let (environment, split) = (EnvironmentId::Mbpp, Split::Train);
+            let (looked, remedy) = (Vec::new(), String::new());
+            let source = DatasetError::NotFound { environment, split, looked, remedy, is_temporary };
+            of_source(&SourceError::Dataset { environment, source: Box::new(source) })
+        };
+        assert_eq!((code(true), code(false)), (ExitCode::Unavailable, ExitCode::MissingInput));
     }
 }

@@ -56,6 +56,17 @@ pub(super) enum DownloadError {
     Write { path: PathBuf, source: std::io::Error },
 }
 
+impl DownloadError {
+    /// Whether the hub gave no answer, or one that was spoilt on its way: a later try may get one.
+    pub(super) fn is_temporary(&self) -> bool {
+        match self {
+            Self::Request { .. } | Self::Info { .. } | Self::Content { .. } => true,
+            Self::Status { status, .. } => status.is_server_error() || *status == StatusCode::TOO_MANY_REQUESTS,
+            _ => false,
+        }
+    }
+}
+
 /// All that a request's failure says: the first message alone hides the cause.
 fn chain(error: &reqwest::Error) -> String {
     let mut text = error.to_string();

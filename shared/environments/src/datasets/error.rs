@@ -122,6 +122,8 @@ pub enum DatasetError {
         looked: Vec<Looked>,
         /// Which files to bring, and where to.
         remedy: String,
+        /// The hub was asked and gave no answer: another try may find them.
+        is_temporary: bool,
     },
 }
 

@@ -126,10 +126,12 @@ impl Search {
             Ok(found) => return Ok(found),
             Err(mut places) => looked.append(&mut places),
         }
+        let is_temporary;
         match download::download(&self.hub, self.environment, self.revision(), &self.parts).await {
             Ok(found) => return Ok(found),
             Err(reason) => {
-                looked.push(Looked { place: format!("hub {}", self.hub.shown_endpoint()), reason: reason.to_string() })
+                is_temporary = reason.is_temporary();
+                looked.push(Looked { place: format!("hub {}", self.hub.shown_endpoint()), reason: reason.to_string() });
             }
         }
         let search = self.clone();
@@ -138,7 +140,7 @@ impl Search {
             Err(mut places) => looked.append(&mut places),
         }
         let (environment, remedy) = (self.environment, self.remedy());
-        Err(DatasetError::NotFound { environment, split, looked, remedy })
+        Err(DatasetError::NotFound { environment, split, looked, remedy, is_temporary })
     }
 
     fn revision(&self) -> &str {

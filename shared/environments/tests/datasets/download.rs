@@ -8,7 +8,7 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Redirect, Response};
-use grail_environments::datasets::{DatasetSettings, SourceSettings};
+use grail_environments::datasets::{DatasetError, DatasetSettings, SourceSettings};
 use grail_environments::{EnvironmentId, Split};
 use parquet::basic::Compression;
 use serde_json::json;
@@ -205,16 +205,19 @@ async fn an_unreachable_hub_is_one_place_of_several() {
     let hub = Hub::start(BTreeMap::new()).await;
     let error = datasets(hub.settings(home.path())).open(EnvironmentId::Mbpp, Split::Val).await.unwrap_err();
     assert!(error.to_string().contains("no full/validation-*.parquet"), "{error}");
+    let may_come = |error: &DatasetError| matches!(error, DatasetError::NotFound { is_temporary: true, .. });
+    assert!(!may_come(&error), "the hub answered");
     let mut settings = hub.settings(home.path());
-    for (endpoint, said) in [
-        ("http://127.0.0.1:1", "127.0.0.1"),
-        ("not an address", "correct HF_ENDPOINT"),
-        ("http://me:secret@127.0.0.1:1", "127.0.0.1"),
-        ("http://me:secret@no host", "correct HF_ENDPOINT"),
+    for (endpoint, said, is_temporary) in [
+        ("http://127.0.0.1:1", "127.0.0.1", true),
+        ("not an address", "correct HF_ENDPOINT", false),
+        ("http://me:secret@127.0.0.1:1", "127.0.0.1", true),
+        ("http://me:secret@no host", "correct HF_ENDPOINT", false),
     ] {
         settings.hub.endpoint = endpoint.to_owned();
         let error = datasets(settings.clone()).open(EnvironmentId::Mbpp, Split::Val).await.unwrap_err();
         assert!(error.to_string().contains(said), "{error}");
+        assert_eq!(may_come(&error), is_temporary, "{error}");
         assert!(!format!("{error:?} {error}").contains("secret"), "{error:?}");
     }
 }
