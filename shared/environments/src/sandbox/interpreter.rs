@@ -23,7 +23,7 @@ const INSPECT_LIMIT: Duration = Duration::from_secs(120);
 #[non_exhaustive]
 pub enum InterpreterError {
     /// It could not be run to its end.
-    #[error("inspect the interpreter {}", python.display())]
+    #[error("inspect the interpreter {}; if it is gone or another user's, run grail-supervisor setup-evaluator", python.display())]
     Run {
         /// The interpreter.
         python: PathBuf,

@@ -41,6 +41,9 @@ pub(super) fn enter(view: &View) -> Result<(), EnterError> {
     pivot_root(site, host.as_str()).map_err(refused("change the root"))?;
     chdir("/").map_err(refused("enter the new root"))?;
 
+    // Before anything is shown: what the host has in a folder of this name would be hidden by it.
+    make_folder(Path::new(WRITABLE))?;
+    mount_small(WRITABLE)?;
     let mut builder = Builder { shown: Vec::new() };
     for folder in &view.folders {
         builder.show(folder)?;
@@ -54,8 +57,6 @@ pub(super) fn enter(view: &View) -> Result<(), EnterError> {
             copy_link(folder)?;
         }
     }
-    make_folder(Path::new(WRITABLE))?;
-    mount_small(WRITABLE)?;
 
     umount2(HOST, MntFlags::MNT_DETACH).map_err(refused("let go of the host's root"))?;
     fs::remove_dir(HOST).map_err(|source| EnterError::Show { path: HOST.into(), source })?;

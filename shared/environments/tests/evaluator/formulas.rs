@@ -1,5 +1,6 @@
 //! Every pair of answers of the golden vectors, compared by sympy in the sandbox.
 
+use grail_environments::sandbox::setup::Installation;
 use grail_environments::{Evaluator, EvaluatorError};
 use grail_golden::{json, ran};
 use serde::Deserialize;
@@ -131,5 +132,24 @@ async fn formulas_that_are_programs_reach_nothing_and_leave_nothing() {
     let denied = "5if__import__('os').listdir('/')==1else__import__('socket').socket()";
     assert_eq!(pool.are_equal(denied, "5").await, Ok(false));
     assert_eq!(pool.are_equal("x", "y").await, Ok(false));
+    pool.shut_down().await;
+}
+
+/// Programs write to a `/tmp` of their own, which must not hide what the host has there.
+#[tokio::test(flavor = "multi_thread")]
+async fn packages_in_the_hosts_tmp_are_found() {
+    let folder = tempfile::tempdir_in("/tmp").expect("a folder");
+    let mut config = config(0, 1);
+    let copied = std::process::Command::new("cp")
+        .arg("-r")
+        .arg(config.installation.folder().join("."))
+        .arg(folder.path())
+        .status()
+        .expect("cp is everywhere");
+    assert!(copied.success());
+    config.installation = Installation::in_folder(folder.path());
+    let pool = start(config).await;
+    let answer = tokio::time::timeout(LONG, pool.are_equal("2/4", "1/2")).await;
+    assert!(answer.expect("in time").expect("a verdict"));
     pool.shut_down().await;
 }
