@@ -9,10 +9,12 @@
 #   profile       all cases of the 7B and 1.5B shapes with the baseline beside them, stages                                 5 min
 #   reload        other weights at 7B and 1.5B: folders and changes, second copy and in place                               4 min
 #   several       one worker on each of several GPUs, alone and together; only where there are several                       2 min
+#   candidates    kernels that no worker uses yet against torch's: deploy/gpu/candidates                                    3 min
 #
-# Without a step all but the last run. Each has a time limit and writes its results as it goes, to OUT (by default target/gpu-results):
-# STEP.log and STEP*.json. A step that fails or runs out of time does not keep the next from running; the last lines say what became
-# of each. DEVICE=cpu runs small parts of correctness and profile on a CPU, to see that the programs run.
+# Without a step all but the last two run. Each has a time limit and writes its results as it goes, to OUT (by default
+# target/gpu-results): STEP.log, and numbers as JSON where a step has them. A step that fails or runs out of time does not keep the
+# next from running; the last lines say what became of each. DEVICE=cpu runs small parts of correctness and profile on a CPU, to see
+# that the programs run.
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -90,6 +92,13 @@ several() {
     "$python" deploy/gpu/several.py --worker "$worker" --json "$out/several.json"
 }
 
+candidates() {
+    local failed=0
+    "$python" deploy/gpu/candidates/gate_up_silu.py --budget 90 --json "$out/gate_up_silu.json" || failed=1
+    "$python" deploy/gpu/candidates/attend.py --seconds 88 --out "$out" || failed=1
+    return $failed
+}
+
 limit_of() {
     case $1 in
         correctness) echo 580 ;;
@@ -97,6 +106,7 @@ limit_of() {
         profile) echo 420 ;;
         reload) echo 420 ;;
         several) echo 200 ;;
+        candidates) echo 220 ;;
         *) return 1 ;;
     esac
 }
@@ -108,7 +118,9 @@ fi
 steps=("$@")
 [ $# -gt 0 ] || steps=(correctness kernels profile reload)
 for step in "${steps[@]}"; do
-    limit_of "$step" >/dev/null || { echo "error: $step is no step: correctness, kernels, profile, reload, several or pack" >&2; exit 2; }
+    limit_of "$step" >/dev/null && continue
+    echo "error: $step is no step: correctness, kernels, profile, reload, several, candidates or pack" >&2
+    exit 2
 done
 summary=()
 for step in "${steps[@]}"; do
