@@ -207,7 +207,8 @@ def compare(worker, name, folder, model, groups):
     if not as_asked:
         print("   own kernels are not in use", flush=True)
     return dict(model=name, groups=len(groups), tokens=tokens, own_kernels=own_kernels, plain=comparison.plain,
-                sketches_agree=comparison.agreement, sketches_equal=comparison.equal, verdicts=comparison.verdicts, passes=good and all(refused) and as_asked)
+                sketches_agree=comparison.agreement, sketches_equal=comparison.equal, verdicts=comparison.verdicts,
+                passes=good and all(refused) and as_asked)
 
 
 def random_checkpoint(shape, folder):

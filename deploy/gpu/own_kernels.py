@@ -62,7 +62,7 @@ class Compiler:
         """Image and log; the options are the worker's, and then `more`."""
         options = [f"--gpu-architecture=sm_{architecture}", *(f"-D{macro}" for macro in macros), *more]
         program = ctypes.c_void_p()
-        if self.library.nvrtcCreateProgram(ctypes.byref(program), self.sources[source], b"kernels.cu", 0, None, None) != 0:
+        if self.library.nvrtcCreateProgram(ctypes.byref(program), self.sources[source], source.encode(), 0, None, None) != 0:
             sys.exit("NVRTC refuses the source")
         words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         code = self.library.nvrtcCompileProgram(program, len(options), words)
@@ -116,7 +116,7 @@ def check(arguments):
     return not failures
 
 
-WEIGHT_KERNELS = ["sum_elements", "sum_differences", "read_elements", "write_elements", "compare_elements"]
+WEIGHT_KERNELS = ["sum_elements", "sum_differences", "copy_elements", "read_elements", "write_elements", "compare_elements"]
 KERNELS = ["residual_norm", "rotate_queries", "gather_keys", "silu_up", "choose", "select_buckets"]
 
 

@@ -33,7 +33,7 @@ pub enum Outcome {
         weights: WeightsHash,
         rows: Vec<RowFacts>,
     },
-    /// `weights` are ready to take over; the present ones if there is no memory for both.
+    /// `weights` are ready to take over; the present ones if there is no memory to make others ready.
     Staged {
         id: RequestId,
         weights: WeightsHash,
@@ -351,6 +351,10 @@ mod tests {
 
         fn way(&self) -> Way {
             Way { from_changes: false, in_shadow: false }
+        }
+
+        fn is_ready(&self) -> bool {
+            true
         }
 
         fn take_over(self: Box<Self>) -> Result<Retired, ComputeError> {

@@ -107,15 +107,16 @@ impl Preparer {
         }
         let started = Instant::now();
         let prepared = self.prepare(order)?;
-        let way = prepared.way();
-        if !way.in_shadow {
-            info!(weights = %order.weights, "No memory for a second copy; the weights will be changed in place.");
+        if !prepared.is_ready() {
+            info!(weights = %order.weights, "No memory to make the weights ready; they will be changed in place.");
             return Ok(present);
         }
-        info!(weights = %order.weights, from_changes = way.from_changes, took = ?started.elapsed(), "Other weights are ready.");
+        let Way { from_changes, in_shadow } = prepared.way();
+        info!(weights = %order.weights, from_changes, in_shadow, took = ?started.elapsed(), "Other weights are ready.");
         self.staged = Some(Staged { prepared, anew: order.anew });
         Ok(order.weights)
     }
+
     fn reload(&mut self, order: &ReloadOrder, began: Instant) -> Result<(Reload, Option<Retired>), ComputeError> {
         self.faults.pass(Point::Reload);
         if self.present()? == order.weights && !order.anew {

@@ -81,6 +81,9 @@ pub trait Prepared: Send {
     /// How they were made ready.
     fn way(&self) -> Way;
 
+    /// Whether all that takes long is done, so that they are worth keeping until they are due.
+    fn is_ready(&self) -> bool;
+
     /// Puts them in place; runs on the computing thread, between two batches.
     ///
     /// # Errors

@@ -167,7 +167,7 @@ impl TorchReloader {
             && let Some(mut copy) = self.copy(|| model.copy(), |error| matches!(error, LoadError::Torch(_)))?
         {
             for changes in &changes {
-                copy.model.apply(changes, None)?;
+                copy.model.apply_to_copy(changes)?;
             }
             copy.model.confirm(order.weights, &wanted(order))?;
             return Ok(Box::new(Copied { from_changes: true, ..copy }));
@@ -305,6 +305,10 @@ impl Prepared for Copied {
         Way { from_changes: self.from_changes, in_shadow: true }
     }
 
+    fn is_ready(&self) -> bool {
+        true
+    }
+
     fn take_over(self: Box<Self>) -> Result<Retired, ComputeError> {
         let Self { model, spare, .. } = *self;
         let slot = Arc::clone(&spare.slot);
@@ -330,6 +334,10 @@ impl Prepared for StagedInPlace {
 
     fn way(&self) -> Way {
         Way { from_changes: true, in_shadow: false }
+    }
+
+    fn is_ready(&self) -> bool {
+        true
     }
 
     fn take_over(self: Box<Self>) -> Result<Retired, ComputeError> {
@@ -381,6 +389,11 @@ impl Prepared for InPlace {
 
     fn way(&self) -> Way {
         Way { from_changes: self.from_changes, in_shadow: false }
+    }
+
+    /// The files were checked; they are read between the batches.
+    fn is_ready(&self) -> bool {
+        false
     }
 
     fn take_over(self: Box<Self>) -> Result<Retired, ComputeError> {

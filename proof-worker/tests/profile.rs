@@ -96,7 +96,7 @@ fn the_table_has_what_the_document_has() {
         "p50 ",
         "rollouts/s",
         "useful TFLOP/s",
-        "at 1024 x 1024 x 1024, same process",
+        "at 1024 x 1024 x 1024 behind the passes",
         "peak resident memory",
         "head/logprob",
         "note: stages are of one more pass",

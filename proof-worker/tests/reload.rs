@@ -220,7 +220,8 @@ async fn without_memory_for_two_weights_change_in_place_or_not_at_all() {
     let worker = Worker::in_place(&checkpoints.path(0)).await;
     let before = worker.proof(old).await;
     let order = checkpoints.order(1);
-    assert_eq!(worker.client.stage(&order).await.unwrap(), old, "no second copy");
+    let by_folder = ReloadOrder { changes: vec![], ..order.clone() };
+    assert_eq!(worker.client.stage(&by_folder).await.unwrap(), old, "no second copy");
 
     // Changes that are well-formed and wrong. A chain is written as it is read, and its checksum found wrong behind it.
     let wrong = |to: usize| {
@@ -252,6 +253,9 @@ async fn without_memory_for_two_weights_change_in_place_or_not_at_all() {
     assert!(refused.detail.contains("holds weights"), "{}", refused.detail);
     assert_eq!(worker.proof(old).await, before);
 
+    // Changes lie ready beside the weights, which prove on until they are due.
+    assert_eq!(worker.client.stage(&order).await.unwrap(), new);
+    assert_eq!(worker.proof(old).await, before);
     let by_changes = worker.client.reload(&order).await.unwrap();
     assert_eq!((by_changes.weights, by_changes.from_changes, by_changes.in_shadow), (new, true, false));
     assert!(by_changes.stall_us > 0);

@@ -34,6 +34,8 @@ pub(crate) struct Local {
     prover: TorchProver,
     /// As the command line named it.
     pub name: String,
+    /// Rate of the yardstick before anything was proved, of a GPU.
+    at_start_tflops: Option<f64>,
 }
 
 /// Groups that were begun together.
@@ -69,7 +71,13 @@ impl Local {
                 return Err(WorkerError::Bug { detail: "a profile without a model was let through".into() });
             }
         };
-        Ok(Self { prover: TorchProver::new(model.clone()), model, name })
+        let mut local = Self { prover: TorchProver::new(model.clone()), model, name, at_start_tflops: None };
+        if local.device() != Device::Cpu {
+            // What computes is made first: it looks at the memory that is free, and sets how products are computed.
+            local.prover.batch_tokens();
+            local.at_start_tflops = Some(local.product_tflops()?);
+        }
+        Ok(local)
     }
 
     pub(crate) fn config(&self) -> &ModelConfig {
@@ -184,9 +192,7 @@ impl Local {
     /// # Errors
     /// [`WorkerError::Yardstick`].
     pub(crate) fn matrix_product(&self, is_sustained_too: bool) -> Result<MatrixProductReport, WorkerError> {
-        let size = if self.device() == Device::Cpu { CPU_PRODUCT } else { GPU_PRODUCT };
-        let product = MatrixProduct::measure(self.device(), self.dtype(), size).map_err(WorkerError::Yardstick)?;
-        let tflops = product.flop_per_second() / 1e12;
+        let (size, tflops) = (self.product_size(), self.product_tflops()?);
         let sustained_tflops = match self.device() {
             Device::Cuda(_) if is_sustained_too => {
                 let sustained = MatrixProduct::measure_sustained(self.device(), self.dtype(), size, SUSTAINED);
@@ -194,7 +200,16 @@ impl Local {
             }
             Device::Cpu | Device::Cuda(_) => None,
         };
-        Ok(MatrixProductReport { size, tflops, sustained_tflops })
+        Ok(MatrixProductReport { size, tflops, at_start_tflops: self.at_start_tflops, sustained_tflops })
+    }
+
+    fn product_size(&self) -> usize {
+        if self.device() == Device::Cpu { CPU_PRODUCT } else { GPU_PRODUCT }
+    }
+
+    fn product_tflops(&self) -> Result<f64, WorkerError> {
+        let product = MatrixProduct::measure(self.device(), self.dtype(), self.product_size());
+        Ok(product.map_err(WorkerError::Yardstick)?.flop_per_second() / 1e12)
     }
 
     /// Used and total bytes of a GPU; a note where they cannot be had.

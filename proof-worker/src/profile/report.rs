@@ -68,8 +68,10 @@ pub struct GroupTimes {
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct MatrixProductReport {
     pub size: usize,
-    /// Median of some products with a wait behind each.
+    /// Median of some products with a wait behind each, on the device as the passes left it.
     pub tflops: f64,
+    /// The same before the first pass, when a GPU may still be cool and at its highest clock; unset on a CPU.
+    pub at_start_tflops: Option<f64>,
     /// Mean over a second of products without a pause, for which a GPU lowers its clock; unset on a CPU.
     pub sustained_tflops: Option<f64>,
 }
@@ -130,10 +132,16 @@ impl Report {
         if let Some(tflops) = self.useful_tflops {
             line("useful TFLOP/s", format!("{tflops:.3}"));
         }
-        if let Some(MatrixProductReport { size, tflops, sustained_tflops }) = self.matrix_product {
-            let sustained =
-                sustained_tflops.map(|tflops| format!(", {tflops:.0} for a second on end")).unwrap_or_default();
-            line("matrix product", format!("{tflops:.3} TFLOP/s at {size} x {size} x {size}, same process{sustained}"));
+        if let Some(MatrixProductReport { size, tflops, at_start_tflops, sustained_tflops }) = self.matrix_product {
+            let other = |tflops: Option<f64>, when: &str| {
+                tflops.map(|tflops| format!(", {tflops:.0} {when}")).unwrap_or_default()
+            };
+            let sustained = other(sustained_tflops, "for a second on end");
+            let at_start = other(at_start_tflops, "before the first pass");
+            line(
+                "matrix product",
+                format!("{tflops:.3} TFLOP/s at {size} x {size} x {size} behind the passes{at_start}{sustained}"),
+            );
         }
         if let Some(share) = self.share_of_matrix_product {
             line("share of it", format!("{:.1} %", share * 100.0));

@@ -2,8 +2,9 @@
 //
 //   host KERNEL COLUMNS LINES THREADS ARGUMENT…
 //
-// An argument is bytes:N (memory, whose N bytes are read from standard input), bytes+2:N (the same from the second byte of a vector
-// on), null, int:N, or wide:N. Afterwards all memory is written to standard output, in the order of the arguments.
+// Kernels for weights take a table of pieces first, in which addresses are written as the argument's number times 2^48 plus an offset.
+//
+// An argument is bytes:N (memory, whose N bytes are read from standard input), bytes+K:N (the same from byte K of a vector on), null, int:N, or wide:N. Afterwards all memory is written to standard output, in the order of the arguments.
 //
 // Each thread of a block is a fiber; blocks run one after the other. Threads that exchange values without all of their warp, or wait
 // for a block that has left in part, end the program: on a GPU that would be undefined.
@@ -200,25 +201,38 @@ int main(int count, char **words) {
     for (int at = 0; at < count - 5; at++) {
         const std::string word = words[at + 5];
         if (word.rfind("bytes", 0) == 0) {
-            const bool is_shifted = word.rfind("bytes+2:", 0) == 0;
+            const size_t shift = word[5] == '+' ? std::strtoull(word.c_str() + 6, nullptr, 10) % 16 : 0;
             sizes[at] = std::strtoull(word.c_str() + word.find(':') + 1, nullptr, 10);
             memory[at].resize(sizes[at] / 16 + 2 + GUARD);
             std::memset(static_cast<void *>(memory[at].data()), CANARY, memory[at].size() * sizeof(uint4));
-            pointers[at] = reinterpret_cast<char *>(memory[at].data()) + (is_shifted ? 2 : 0);
+            pointers[at] = reinterpret_cast<char *>(memory[at].data()) + shift;
             if (std::fread(pointers[at], 1, sizes[at], stdin) != sizes[at]) fail("standard input ends early");
         } else if (word.rfind("int:", 0) == 0 || word.rfind("wide:", 0) == 0) {
             numbers[at] = std::strtoull(word.c_str() + word.find(':') + 1, nullptr, 10);
         } else if (word != "null") {
-            fail("an argument is bytes:N, bytes+2:N, int:N, wide:N or null");
+            fail("an argument is bytes:N, bytes+K:N, int:N, wide:N or null");
         }
     }
     const std::map<std::string, size_t> kernels = {
         {"residual_norm", 4}, {"rotate_queries", 4}, {"gather_keys", 6},     {"silu_up", 2},
-        {"choose", 5},        {"select_buckets", 3}, {"sum_elements", 3},    {"sum_differences", 5},
-        {"read_elements", 4}, {"write_elements", 4}, {"compare_elements", 5}};
+        {"choose", 5},        {"select_buckets", 3}};
+    // Numbers of a row, and how many of them are addresses.
+    const std::map<std::string, std::pair<size_t, size_t>> tables = {
+        {"sum_elements", {4, 1}},  {"sum_differences", {5, 3}}, {"copy_elements", {3, 2}},
+        {"read_elements", {5, 3}}, {"write_elements", {5, 3}},  {"compare_elements", {5, 3}}};
     const auto known = kernels.find(kernel);
-    if (known == kernels.end()) fail("there is no such kernel");
-    if (pointers.size() != known->second) fail("another number of arguments");
+    const auto table = tables.find(kernel);
+    if (known == kernels.end() && table == tables.end()) fail("there is no such kernel");
+    if (known != kernels.end() ? pointers.size() != known->second : pointers.size() < 3) fail("another number of arguments");
+    if (table != tables.end()) {
+        const auto [width, addresses] = table->second;
+        wide *numbers_of_rows = static_cast<wide *>(pointers[0]);
+        for (size_t row = 0; row < numbers[1]; row++)
+            for (size_t at = row * width; at < row * width + addresses; at++) {
+                char *const start = static_cast<char *>(pointers.at(numbers_of_rows[at] >> 48));
+                numbers_of_rows[at] = reinterpret_cast<wide>(start + (numbers_of_rows[at] & 0xffffffffffff));
+            }
+    }
     gridDim.x = columns;
     void **p = pointers.data();
     if (kernel == "residual_norm") {
@@ -235,20 +249,17 @@ int main(int count, char **words) {
         const int rows = static_cast<int>(numbers[2]);
         body = [=] { select_buckets((uint4 *)p[0], (signed char *)p[1], rows); };
     } else if (kernel == "sum_elements") {
-        const wide elements = numbers[1];
-        body = [=] { sum_elements((element *)p[0], elements, (wide *)p[2]); };
+        body = [=, rows = numbers[1]] { sum_elements((Stretch *)p[0], rows, (wide *)p[2]); };
     } else if (kernel == "sum_differences") {
-        const wide elements = numbers[3];
-        body = [=] { sum_differences((element *)p[0], (element *)p[1], (position *)p[2], elements, (wide *)p[4]); };
+        body = [=, rows = numbers[1]] { sum_differences((Difference *)p[0], rows, (wide *)p[2]); };
+    } else if (kernel == "copy_elements") {
+        body = [=, rows = numbers[1]] { copy_elements((Move *)p[0], rows); };
     } else if (kernel == "read_elements") {
-        const wide elements = numbers[2];
-        body = [=] { read_elements((element *)p[0], (position *)p[1], elements, (element *)p[3]); };
+        body = [=, rows = numbers[1]] { read_elements((Some *)p[0], rows); };
     } else if (kernel == "write_elements") {
-        const wide elements = numbers[3];
-        body = [=] { write_elements((element *)p[0], (position *)p[1], (element *)p[2], elements); };
+        body = [=, rows = numbers[1]] { write_elements((Some *)p[0], rows); };
     } else if (kernel == "compare_elements") {
-        const wide elements = numbers[3];
-        body = [=] { compare_elements((element *)p[0], (position *)p[1], (element *)p[2], elements, (int *)p[4]); };
+        body = [=, rows = numbers[1]] { compare_elements((Some *)p[0], rows, (int *)p[2]); };
     }
     for (blockIdx.y = 0; blockIdx.y < lines; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < columns; blockIdx.x++) run_block(threads);

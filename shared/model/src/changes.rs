@@ -40,7 +40,7 @@ pub(crate) struct Edit {
     pub tensor: String,
     pub kind: Kind,
     /// Bytes of an element in the file.
-    width: usize,
+    pub width: usize,
     /// Elements that are named; unset = all of them, in order.
     pub indexed: Option<usize>,
 }
@@ -256,11 +256,6 @@ impl Model {
     /// # Errors
     /// [`ChangeError::Torch`]; some tensors may be changed then, and [`Model::revert`] brings their old bits back.
     pub fn apply(&mut self, changes: &Changes, mut undo: Option<&mut Undo>) -> Result<(), ChangeError> {
-        if undo.is_none() && changes.is_set() && self.device() != crate::Device::Cpu {
-            // In large transfers and without a wait for each; two edits of one element do not depend on their order, since a tied
-            // output matrix and its embedding are the same.
-            return self.write_unstaged(changes);
-        }
         let _guard = tch::no_grad_guard();
         let places = self.exclusive_places()?;
         let mut fills = Vec::new();
@@ -295,6 +290,20 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    /// As [`Model::apply`] without a way back, for a copy that nobody proves with yet: in large transfers, and without a wait for
+    /// each.
+    ///
+    /// # Errors
+    /// As [`Model::apply`], and [`ChangeError::NotWritten`]; the copy is of no use then.
+    pub fn apply_to_copy(&mut self, changes: &Changes) -> Result<(), ChangeError> {
+        if changes.is_set() && self.device() != crate::Device::Cpu {
+            // Two edits of one element do not depend on their order: a tied output matrix and its embedding are the same.
+            self.write_unstaged(changes)
+        } else {
+            self.apply(changes, None)
+        }
     }
 
     /// Brings back what `changes` changed, as far as they came.

@@ -33,13 +33,18 @@ fn golden_models() -> Vec<PathBuf> {
 }
 
 fn load(folder: &Path, dtype: Dtype) -> Model {
-    Model::load(folder, &LoadOptions::on(Device::Cpu).with_dtype(dtype)).unwrap()
+    load_on(Device::Cpu, folder, dtype)
+}
+
+fn load_on(device: Device, folder: &Path, dtype: Dtype) -> Model {
+    Model::load(folder, &LoadOptions::on(device).with_dtype(dtype)).unwrap()
 }
 
 /// The bits of all weights as they are held, end to end.
 fn bits(model: &Model) -> Vec<u8> {
     let places = model.network().places().unwrap();
-    places.values().flat_map(|place| ffi::host_bytes(place).unwrap().to_vec()).collect()
+    let on_host = |place: &tch::Tensor| place.to_device(tch::Device::Cpu);
+    places.values().flat_map(|place| ffi::host_bytes(&on_host(place)).unwrap().to_vec()).collect()
 }
 
 fn naive(bytes: &[u8], dtype: FileDtype) -> u64 {
@@ -139,12 +144,7 @@ fn checksums_of_weights_are_those_of_their_files() {
 #[test]
 fn changes_lead_to_what_loading_the_target_gives_and_back() {
     for golden in golden_models() {
-        for (file, held) in [
-            (FileDtype::Bf16, Dtype::Bf16),
-            (FileDtype::Bf16, Dtype::F32),
-            (FileDtype::F32, Dtype::F32),
-            (FileDtype::F16, Dtype::F32),
-        ] {
+        for (file, held) in EXACT {
             let step = Step::new(&golden, file);
             assert!(step.changed > 1_000);
             let (mut model, target) = (load(&step.base, held), load(&step.target, held));
@@ -175,17 +175,55 @@ fn changes_lead_to_what_loading_the_target_gives_and_back() {
     }
 }
 
+/// Dtypes of files, and of models that hold every value of them.
+const EXACT: [(FileDtype, Dtype); 4] = [
+    (FileDtype::Bf16, Dtype::Bf16),
+    (FileDtype::Bf16, Dtype::F32),
+    (FileDtype::F32, Dtype::F32),
+    (FileDtype::F16, Dtype::F32),
+];
+
+/// A copy takes changes without a way back, and the weights that it was made of stay.
+fn copies_take_changes_on(device: Device) {
+    for golden in golden_models() {
+        for (file, held) in EXACT {
+            let step = Step::new(&golden, file);
+            let (model, target) = (load_on(device, &step.base, held), load_on(device, &step.target, held));
+            let (before, wanted) = (bits(&model), step.checksums());
+            let mut copy = model.copy().unwrap();
+            assert_eq!(bits(&copy), before);
+            // As it is done on every device but a CPU.
+            copy.write_unstaged(&Changes::open(&step.changes, &model).unwrap()).unwrap();
+            copy.confirm(target.weights_hash(), &wanted).unwrap();
+            assert_eq!((bits(&copy), copy.weights_hash()), (bits(&target), target.weights_hash()));
+            assert_eq!(bits(&model), before, "the copy shares nothing");
+        }
+    }
+}
+
+#[test]
+fn copies_take_changes() {
+    copies_take_changes_on(Device::Cpu);
+}
+
 #[test]
 fn staged_changes_are_checked_before_they_touch_anything_and_lead_there_and_back() {
+    staged_changes_lead_there_and_back_on(Device::Cpu);
+}
+
+/// The same where kernels of our own do it.
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_tests_of_changes() {
+    copies_take_changes_on(Device::Cuda(0));
+    staged_changes_lead_there_and_back_on(Device::Cuda(0));
+}
+
+fn staged_changes_lead_there_and_back_on(device: Device) {
     for golden in golden_models() {
-        for (file, held) in [
-            (FileDtype::Bf16, Dtype::Bf16),
-            (FileDtype::Bf16, Dtype::F32),
-            (FileDtype::F32, Dtype::F32),
-            (FileDtype::F16, Dtype::F32),
-        ] {
+        for (file, held) in EXACT {
             let step = Step::new(&golden, file);
-            let (mut model, target) = (load(&step.base, held), load(&step.target, held));
+            let (mut model, target) = (load_on(device, &step.base, held), load_on(device, &step.target, held));
             let (bits_before, hash) = (bits(&model), model.weights_hash());
             let (before, wanted) = (model.checksums().unwrap(), step.checksums());
             let changes = Changes::open(&step.changes, &model).unwrap();
@@ -262,6 +300,9 @@ fn a_tied_output_matrix_in_the_files_changes_with_its_embedding() {
     model.apply(&changes, Some(&mut undo)).unwrap();
     let mut wanted = files[1].checksums();
     model.compare(&wanted).unwrap();
+    let mut copy = load(&paths[0], Dtype::F32).copy().unwrap();
+    copy.write_unstaged(&changes).expect("the same elements under both names");
+    copy.compare(&wanted).unwrap();
     wanted.remove(crate::weights::HEAD);
     model.compare(&wanted).expect("it may be named or not");
     model.revert(&changes, undo).unwrap();

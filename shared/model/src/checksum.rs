@@ -10,7 +10,7 @@ use grail_protocol::ids::WeightsHash;
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::config::ModelConfig;
-use crate::cuda::{WeightKernels, weight_kernels};
+use crate::cuda::weight_kernels;
 use crate::device::host_threads;
 use crate::error::ChecksumError;
 use crate::ffi;
@@ -179,7 +179,7 @@ pub(crate) fn device_checksums(tensors: &[(Tensor, Encoding)]) -> Result<Vec<u64
     let device = first.device();
     let kernels = weight_kernels(device).filter(|_| tensors.iter().all(|(_, encoding)| *encoding == Encoding::Same2));
     let sums = match kernels {
-        Some(kernels) => kernel_sums(&kernels, tensors, device)?,
+        Some(kernels) => kernels.sums(&tensors.iter().map(|(tensor, _)| tensor).collect::<Vec<_>>())?,
         None => composed_sums(tensors, device)?,
     };
     let sums = sums.f_to_device(Device::Cpu)?;
@@ -189,20 +189,7 @@ pub(crate) fn device_checksums(tensors: &[(Tensor, Encoding)]) -> Result<Vec<u64
     Ok(sums.into_iter().zip(tensors).map(|(sum, tensor)| sum.cast_unsigned().wrapping_add(constant(tensor))).collect())
 }
 
-/// Σ bits·(2·index + 1) of each tensor of 16-bit elements, `[tensors]`.
-fn kernel_sums(
-    kernels: &WeightKernels,
-    tensors: &[(Tensor, Encoding)],
-    device: tch::Device,
-) -> Result<Tensor, TchError> {
-    let sums = Tensor::f_zeros([tensors.len() as i64], (Kind::Int64, device))?;
-    for ((tensor, _), place) in tensors.iter().zip(0..) {
-        kernels.sum_elements(tensor, &sums.f_narrow(0, place, 1)?)?;
-    }
-    Ok(sums)
-}
-
-/// The same by operations that every device has.
+/// Σ bits·(2·index + 1) of each tensor, `[tensors]`, by operations that every device has.
 fn composed_sums(tensors: &[(Tensor, Encoding)], device: tch::Device) -> Result<Tensor, TchError> {
     let weights = Tensor::f_arange_start_step(1, 2 * GPU_STEP + 1, 2, (Kind::Int64, device))?;
     let sums = tensors

@@ -142,6 +142,7 @@ impl Evaluation<'_> {
     fn run_halving(&self, range: std::ops::Range<usize>, parts: &mut Vec<Part>) -> Result<(), ProveError> {
         let members = self.rollouts.get(range.clone()).unwrap_or_default();
         let pack = Pack::new(members);
+        let rows = pack.batch.len();
         let result = match self.engine {
             Some(engine) => pack.launch(self.model, engine, range.start).map(Part::OnDevice),
             None => pack.run(self.model, range.start).map(Part::Done),
@@ -150,7 +151,7 @@ impl Evaluation<'_> {
             Ok(part) => {
                 parts.push(part);
                 if let Some(engine) = self.engine {
-                    engine.note_success();
+                    engine.note_success(rows);
                 }
             }
             Err(ProveError::OutOfMemory { tokens, detail }) if members.len() > 1 => {

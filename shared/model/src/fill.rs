@@ -8,14 +8,15 @@ use crate::cuda::on_loading_stream;
 use crate::device::host_threads;
 use crate::ffi;
 
-/// Bytes that one step moves to a GPU: a page-locked transfer of this size runs at full speed, and what the threads hold together
-/// stays in a server's cache between the read and the transfer.
+/// Bytes that one step moves to a GPU: far more than a transfer needs to run at full speed, and few enough that what the threads hold
+/// together may stay in a server's cache between the read and the transfer.
 const GPU_STEP_BYTES: usize = 1 << 23;
 /// The same on a CPU, where the buffer should stay in the cache.
 const CPU_STEP_BYTES: usize = 1 << 20;
 /// Threads that read for a CPU: memory is the limit there.
 const MOST_CPU_THREADS: usize = 4;
-/// Threads that read for a GPU: the copy into page-locked memory is the limit, and eight of them keep the bus busy.
+/// Threads that read for a GPU: the copy into page-locked memory is the limit, and more of them than on a CPU are needed to keep the
+/// bus busy.
 const MOST_GPU_THREADS: usize = 8;
 
 /// One tensor to be filled.

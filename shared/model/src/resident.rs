@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::config::{Architecture, ModelConfig};
-use crate::cuda::beside_proofs;
+use crate::cuda::{beside_proofs, weight_kernels};
 use crate::error::LoadError;
 use crate::ffi::Frozen;
 use crate::layers::{Layer, Linear, Network, RmsNorm};
@@ -141,11 +141,17 @@ impl Network {
 impl Network {
     fn copy(&self) -> Result<Self, TchError> {
         let copy = Self::unfilled(self.config.clone(), (self.kind, self.device))?;
-        for ((name, mut to), source) in copy.places()?.into_iter().zip(self.places()?.into_values()) {
-            // A tied output matrix is the embedding, which has its own turn.
-            if !(self.config.tie_word_embeddings && name == HEAD) {
-                to.f_copy_(&source)?;
-            }
+        // A tied output matrix is the embedding, which has its own turn.
+        let is_own = |name: &str| !(self.config.tie_word_embeddings && name == HEAD);
+        let pairs: Vec<(Tensor, Tensor)> = self
+            .places()?
+            .into_iter()
+            .zip(copy.places()?.into_values())
+            .filter_map(|((name, from), to)| is_own(&name).then_some((from, to)))
+            .collect();
+        match weight_kernels(self.device).filter(|_| self.kind.elt_size_in_bytes() == 2) {
+            Some(kernels) => kernels.copy(&pairs)?,
+            None => pairs.into_iter().try_for_each(|(from, mut to)| to.f_copy_(&from).map(drop))?,
         }
         Ok(copy)
     }

@@ -4,6 +4,7 @@
 //! change. Wrong changes are found before anything is touched, and the weights need not be summed while proofs wait.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use grail_protocol::ids::WeightsHash;
@@ -11,7 +12,7 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use crate::changes::{Changes, Edit, bits_of, steps};
 use crate::checksum::{self, Checksums, Encoding, device_bits};
-use crate::cuda::{Selection, WeightKernels, weight_kernels};
+use crate::cuda::{Changed, Selection, WeightKernels, weight_kernels};
 use crate::error::{ChangeError, ChecksumError};
 use crate::fill::{Fill, fill};
 use crate::model::Model;
@@ -19,6 +20,8 @@ use crate::weights::HEAD;
 
 /// Bytes of a position.
 const POSITION_BYTES: usize = 4;
+/// Most bytes of changes that lie beside a copy while they are written to it: little of what is left free when a copy is made.
+const MOST_BESIDE_BYTES: usize = 1 << 28;
 
 /// Changes of the weights `base`, on their device with the old bits, which lead to weights with the checksums that were wanted.
 #[derive(Debug)]
@@ -27,14 +30,20 @@ pub struct StagedChanges {
     steps: Vec<Step>,
 }
 
-/// Some elements of one tensor.
+/// A step with what there was before it.
 #[derive(Debug)]
 struct Step {
+    change: Uploaded,
+    /// As the new bits.
+    old: Tensor,
+}
+
+/// The new bits of some elements of one tensor, and where they belong.
+#[derive(Debug)]
+struct Uploaded {
     tensor: String,
     place: Place,
     /// `[count]`, of the model's kind.
-    old: Tensor,
-    /// As `old`.
     new: Tensor,
 }
 
@@ -104,19 +113,39 @@ impl Model {
     /// By step: its tensor, and what its new bits add to that one's checksum. The host waits once.
     fn differences(&self, steps: &[Step]) -> Result<Vec<(String, u64)>, ChangeError> {
         let (kind, kernels) = (self.network().kind, self.own_kernels());
-        let mut sums = Vec::with_capacity(steps.len());
+        let encoding = |tensor: &String| {
+            let unknown = || ChecksumError::Unknown { tensor: tensor.clone() };
+            let file = *self.dtypes.get(tensor).ok_or_else(unknown)?;
+            let inexact = || ChecksumError::Inexact { tensor: tensor.clone(), file: file.name(), model: self.dtype() };
+            Encoding::of(file, kind).ok_or_else(inexact)
+        };
+        let (mut names, mut sums, mut for_kernels) = (Vec::new(), Vec::new(), (Vec::new(), Vec::new()));
         for step in steps {
-            let unknown = || ChecksumError::Unknown { tensor: step.tensor.clone() };
-            let file = *self.dtypes.get(&step.tensor).ok_or_else(unknown)?;
-            let inexact =
-                || ChecksumError::Inexact { tensor: step.tensor.clone(), file: file.name(), model: self.dtype() };
-            sums.push(step.difference(Encoding::of(file, kind).ok_or_else(inexact)?, kernels.as_deref())?);
+            let encoding = encoding(&step.change.tensor)?;
+            match (&step.change.place, &kernels) {
+                (Place::At(positions), Some(_)) => {
+                    for_kernels.0.push(step.change.tensor.clone());
+                    for_kernels.1.push(Changed { positions, before: &step.old, after: &step.change.new });
+                }
+                _ => {
+                    names.push(step.change.tensor.clone());
+                    sums.push(step.difference(encoding)?);
+                }
+            }
         }
-        if sums.is_empty() {
+        let mut parts = Vec::new();
+        if !sums.is_empty() {
+            parts.push(Tensor::f_stack(&sums, 0)?);
+        }
+        if let (Some(kernels), (more, changed)) = (kernels, for_kernels) {
+            names.extend(more);
+            parts.push(kernels.differences(&changed)?);
+        }
+        if parts.is_empty() {
             return Ok(Vec::new());
         }
-        let sums = Vec::<i64>::try_from(Tensor::f_stack(&sums, 0)?.f_to_device(Device::Cpu)?)?;
-        Ok(steps.iter().map(|step| step.tensor.clone()).zip(sums.into_iter().map(i64::cast_unsigned)).collect())
+        let sums = Vec::<i64>::try_from(Tensor::f_cat(&parts, 0)?.f_to_device(Device::Cpu)?)?;
+        Ok(names.into_iter().zip(sums.into_iter().map(i64::cast_unsigned)).collect())
     }
 
     /// Writes staged changes where the weights lie, reads them again, and gives the weights their new hash.
@@ -148,19 +177,35 @@ impl Model {
         let places = self.exclusive_places()?;
         let values_of = |step: &Step| match bits {
             Bits::Old => step.old.shallow_clone(),
-            Bits::New => step.new.shallow_clone(),
+            Bits::New => step.change.new.shallow_clone(),
         };
-        let values = staged.steps.iter().map(|step| (step.tensor.as_str(), &step.place, values_of(step)));
-        write(&places, values, self.own_kernels().as_deref())
+        let writes: Vec<_> = staged.steps.iter().map(|step| (&step.change, values_of(step))).collect();
+        write(&places, &writes, self.own_kernels().as_deref())
     }
 
-    /// Writes changes that are not staged, without a way back: for weights that nobody proves with yet.
+    /// Writes changes that are not staged, without a way back: to weights that nobody proves with yet. No more than
+    /// [`MOST_BESIDE_BYTES`] lie beside them meanwhile.
     pub(crate) fn write_unstaged(&mut self, changes: &Changes) -> Result<(), ChangeError> {
         let _guard = tch::no_grad_guard();
+        let kernels = self.own_kernels();
         let places = self.exclusive_places()?;
-        let steps = uploaded(changes, &places)?;
-        let values = steps.iter().map(|step| (step.tensor.as_str(), &step.place, step.new.shallow_clone()));
-        write(&places, values, self.own_kernels().as_deref())
+        let (whole, some): (Vec<_>, Vec<_>) = changes.edits().iter().partition(|edit| edit.indexed.is_none());
+        let fill_of = |edit: &Edit| {
+            let to = places.get(&edit.tensor)?.shallow_clone();
+            Some(Fill { to, bytes: changes.values(edit), kind: edit.kind })
+        };
+        fill(whole.into_iter().filter_map(fill_of).collect())?;
+        let mut group = Vec::new();
+        let mut bytes = 0;
+        for part in some.into_iter().flat_map(|edit| parts(changes, edit)) {
+            bytes += part.1.len() * (POSITION_BYTES + self.dtype().kind().elt_size_in_bytes());
+            group.push(part);
+            if bytes >= MOST_BESIDE_BYTES {
+                write_parts(changes, &places, &std::mem::take(&mut group), kernels.as_deref())?;
+                bytes = 0;
+            }
+        }
+        write_parts(changes, &places, &group, kernels.as_deref())
     }
 
     /// Kernels of our own for these weights, if there are any.
@@ -170,40 +215,25 @@ impl Model {
 }
 
 /// Writes elements and reads them again. The host waits once; what comes before is ordered as fast as it can.
-fn write<'s>(
+fn write(
     places: &BTreeMap<String, Tensor>,
-    values: impl Iterator<Item = (&'s str, &'s Place, Tensor)>,
+    writes: &[(&Uploaded, Tensor)],
     kernels: Option<&WeightKernels>,
 ) -> Result<(), ChangeError> {
-    let mut differ = Vec::new();
-    let mut flag = None;
-    for (tensor, place, values) in values {
-        let Some(tensor) = places.get(tensor) else { continue };
-        match (place, kernels) {
-            (Place::At(positions), Some(kernels)) => {
-                let selection = Selection { tensor, positions, values: &values };
-                kernels.write(selection)?;
-                let flag = match &flag {
-                    Some(flag) => flag,
-                    None => flag.insert(Tensor::f_zeros([1], (Kind::Int, tensor.device()))?),
-                };
-                kernels.compare(selection, flag)?;
-            }
-            _ => differ.push(place.write(tensor, &values)?),
+    let (mut differ, mut selections) = (Vec::new(), Vec::new());
+    for (change, values) in writes {
+        let Some(tensor) = places.get(&change.tensor) else { continue };
+        match (&change.place, kernels) {
+            (Place::At(positions), Some(_)) => selections.push(Selection { tensor, positions, values }),
+            (place, _) => differ.push(place.write(tensor, values)?),
         }
     }
-    if let Some(flag) = flag {
-        differ.push(flag.f_any()?);
+    if let Some(kernels) = kernels.filter(|_| !selections.is_empty()) {
+        kernels.write(&selections)?;
+        differ.push(kernels.differ(&selections)?.f_any()?);
     }
     let is_written = differ.is_empty() || Tensor::f_stack(&differ, 0)?.f_any()?.f_int64_value(&[])? == 0;
     if is_written { Ok(()) } else { Err(ChangeError::NotWritten) }
-}
-
-/// The new bits of some elements of one tensor, and where they belong.
-struct Uploaded {
-    tensor: String,
-    place: Place,
-    new: Tensor,
 }
 
 /// The steps of all changes: positions and new bits from the file, old bits from where the weights lie.
@@ -212,55 +242,83 @@ fn on_device(
     places: &BTreeMap<String, Tensor>,
     kernels: Option<&WeightKernels>,
 ) -> Result<Vec<Step>, TchError> {
-    let mut made = Vec::new();
-    for Uploaded { tensor, place, new } in uploaded(changes, places)? {
-        let Some(held) = places.get(&tensor) else { continue };
-        let old = place.read(held, new.size1()?, kernels)?.f_view_dtype(held.kind())?;
-        made.push(Step { tensor, place, old, new });
+    let mut steps = Vec::new();
+    let all: Vec<_> = changes.edits().iter().flat_map(|edit| parts(changes, edit)).collect();
+    for change in uploaded(changes, places, &all)? {
+        let Some(held) = places.get(&change.tensor) else { continue };
+        let old = match (&change.place, kernels) {
+            // Read below, all at once.
+            (Place::At(_), Some(_)) => change.new.f_empty_like()?,
+            (place, _) => place.read(held, change.new.size1()?)?.f_view_dtype(held.kind())?,
+        };
+        steps.push(Step { change, old });
     }
-    Ok(made)
+    if let Some(kernels) = kernels {
+        let mut selections = Vec::with_capacity(steps.len());
+        for Step { change, old } in &steps {
+            if let (Place::At(positions), Some(tensor)) = (&change.place, places.get(&change.tensor)) {
+                selections.push(Selection { tensor, positions, values: old });
+            }
+        }
+        kernels.read(&selections)?;
+    }
+    Ok(steps)
 }
 
-/// What the file says, on the weights' device, in pieces of bounded size.
-fn uploaded(changes: &Changes, places: &BTreeMap<String, Tensor>) -> Result<Vec<Uploaded>, TchError> {
-    let mut fills = Vec::new();
-    let mut edits = Vec::new();
-    for edit in changes.edits() {
+/// Some elements of an edit.
+type EditPart<'c> = (&'c Edit, Range<usize>);
+
+/// All elements of an edit, in parts for which wide integers on the device are affordable.
+fn parts<'c>(changes: &Changes, edit: &'c Edit) -> impl Iterator<Item = EditPart<'c>> {
+    steps(changes.element_count(edit)).map(move |range| (edit, range))
+}
+
+fn write_parts(
+    changes: &Changes,
+    places: &BTreeMap<String, Tensor>,
+    parts: &[EditPart<'_>],
+    kernels: Option<&WeightKernels>,
+) -> Result<(), ChangeError> {
+    let uploaded = uploaded(changes, places, parts)?;
+    let writes: Vec<_> = uploaded.iter().map(|change| (change, change.new.shallow_clone())).collect();
+    write(places, &writes, kernels)
+}
+
+/// What the file says of parts of edits, on the weights' device.
+fn uploaded(
+    changes: &Changes,
+    places: &BTreeMap<String, Tensor>,
+    parts: &[EditPart<'_>],
+) -> Result<Vec<Uploaded>, TchError> {
+    let (mut fills, mut made) = (Vec::new(), Vec::new());
+    for (edit, range) in parts {
         let Some(tensor) = places.get(&edit.tensor) else { continue };
-        let room = |kind: Kind| Tensor::f_empty([changes.element_count(edit) as i64], (kind, tensor.device()));
+        let room = |kind: Kind| Tensor::f_empty([range.len() as i64], (kind, tensor.device()));
+        let bytes = |all: &'_ [u8], width: usize| range.start * width..all.len().min(range.end * width);
+        let (values, index) = (changes.values(edit), changes.index(edit));
         let new = room(tensor.kind())?;
-        fills.push(Fill { to: new.shallow_clone(), bytes: changes.values(edit), kind: edit.kind });
-        let positions = edit.indexed.map(|_| room(Kind::Int)).transpose()?;
-        if let Some(positions) = &positions {
-            fills.push(Fill { to: positions.shallow_clone(), bytes: changes.index(edit), kind: Kind::Int });
-        }
-        edits.push((edit, positions, new));
+        let bytes_of_values = values.get(bytes(values, edit.width)).unwrap_or_default();
+        fills.push(Fill { to: new.shallow_clone(), bytes: bytes_of_values, kind: edit.kind });
+        let place = match edit.indexed {
+            Some(_) => {
+                let positions = room(Kind::Int)?;
+                let bytes_of_index = index.get(bytes(index, POSITION_BYTES)).unwrap_or_default();
+                fills.push(Fill { to: positions.shallow_clone(), bytes: bytes_of_index, kind: Kind::Int });
+                Place::At(positions)
+            }
+            None => Place::From(range.start as i64),
+        };
+        made.push(Uploaded { tensor: edit.tensor.clone(), place, new });
     }
     fill(fills)?;
-    let mut made = Vec::new();
-    for (edit, positions, new) in edits {
-        for range in steps(changes.element_count(edit)) {
-            let part = |all: &Tensor| all.f_narrow(0, range.start as i64, range.len() as i64);
-            let (place, new) = match &positions {
-                Some(positions) => (Place::At(part(positions)?), part(&new)?),
-                None => (Place::From(range.start as i64), part(&new)?),
-            };
-            made.push(Uploaded { tensor: edit.tensor.clone(), place, new });
-        }
-    }
     Ok(made)
 }
 
 impl Place {
     /// Bits of the elements of `tensor`, in memory of their own.
-    fn read(&self, tensor: &Tensor, count: i64, kernels: Option<&WeightKernels>) -> Result<Tensor, TchError> {
+    fn read(&self, tensor: &Tensor, count: i64) -> Result<Tensor, TchError> {
         let bits = bits_of(tensor)?;
         match self {
-            Self::At(positions) if let Some(kernels) = kernels => {
-                let values = Tensor::f_empty([count], (bits.kind(), bits.device()))?;
-                kernels.read(Selection { tensor: &bits, positions, values: &values })?;
-                Ok(values)
-            }
             Self::At(positions) => bits.f_index_select(0, &wide(positions)?),
             Self::From(first) => {
                 let part = bits.f_narrow(0, *first, count)?;
@@ -292,20 +350,15 @@ impl Place {
 
 impl Step {
     /// Σ (new bits − old bits)·(2·position + 1) as a tensor without dimensions; 64-bit integers wrap there as in a checksum.
-    fn difference(&self, encoding: Encoding, kernels: Option<&WeightKernels>) -> Result<Tensor, TchError> {
-        if let (Place::At(positions), Some(kernels)) = (&self.place, kernels) {
-            let sum = Tensor::f_zeros([1], (Kind::Int64, positions.device()))?;
-            kernels.sum_differences(positions, [&self.old, &self.new], &sum)?;
-            return sum.f_squeeze();
-        }
-        let weights = match &self.place {
+    fn difference(&self, encoding: Encoding) -> Result<Tensor, TchError> {
+        let weights = match &self.change.place {
             Place::At(positions) => wide(positions)?.f_mul_scalar_(2)?.f_add_scalar_(1)?,
             Place::From(first) => {
-                let end = first + self.new.size1()?;
-                Tensor::f_arange_start_step(2 * first + 1, 2 * end + 1, 2, (Kind::Int64, self.new.device()))?
+                let end = first + self.change.new.size1()?;
+                Tensor::f_arange_start_step(2 * first + 1, 2 * end + 1, 2, (Kind::Int64, self.old.device()))?
             }
         };
-        let bits = device_bits(&self.new, encoding)?.f_sub_(&device_bits(&self.old, encoding)?)?;
+        let bits = device_bits(&self.change.new, encoding)?.f_sub_(&device_bits(&self.old, encoding)?)?;
         bits.f_mul(&weights)?.f_sum(Kind::Int64)
     }
 }

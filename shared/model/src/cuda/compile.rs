@@ -10,10 +10,19 @@ use xxhash_rust::xxh3::{Xxh3Default, xxh3_128};
 use super::ffi::Compiler;
 use crate::gpu::BUILD;
 
+/// A source by its name.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Source {
+    name: &'static CStr,
+    text: &'static CStr,
+}
+
 /// The forward pass's source; see its head for the macros.
-pub(super) const FORWARD: &CStr = c_source(concat!(include_str!("../../cuda/kernels.cu"), "\0"));
+pub(super) const FORWARD: Source =
+    Source { name: c"kernels.cu", text: c_source(concat!(include_str!("../../cuda/kernels.cu"), "\0")) };
 /// The source for weights where they lie; it has no macros.
-pub(super) const WEIGHTS: &CStr = c_source(concat!(include_str!("../../cuda/weights.cu"), "\0"));
+pub(super) const WEIGHTS: Source =
+    Source { name: c"weights.cu", text: c_source(concat!(include_str!("../../cuda/weights.cu"), "\0")) };
 
 /// Bytes of the checksum before a kept image.
 const CHECKSUM_BYTES: usize = 16;
@@ -33,7 +42,7 @@ const fn c_source(text: &'static str) -> &'static CStr {
 pub(super) fn image(
     libraries: &Path,
     capability: (i32, i32),
-    source: &CStr,
+    source: Source,
     macros: &[String],
 ) -> Result<Vec<u8>, String> {
     let options = options(capability, macros);
@@ -42,7 +51,7 @@ pub(super) fn image(
         return Ok(image);
     }
     let started = std::time::Instant::now();
-    let image = compiler(libraries)?.compile(source, &c_strings(&options)?)?;
+    let image = compiler(libraries)?.compile(source.name, source.text, &c_strings(&options)?)?;
     tracing::info!(?capability, bytes = image.len(), took = ?started.elapsed(), "Kernels compiled.");
     if let Some(path) = kept
         && let Err(error) = write(&path, &image)
@@ -85,13 +94,13 @@ fn cache_folder() -> Option<PathBuf> {
 }
 
 /// One name for each source, set of options and build of torch, whose compiler it is.
-fn file_name(source: &CStr, options: &[String]) -> String {
+fn file_name(source: Source, options: &[String]) -> String {
     let mut hasher = Xxh3Default::new();
     for part in std::iter::once(BUILD).chain(options.iter().map(String::as_str)) {
         hasher.update(part.as_bytes());
         hasher.update(&[0]);
     }
-    hasher.update(source.to_bytes());
+    hasher.update(source.text.to_bytes());
     format!("{:032x}.cubin", hasher.digest128())
 }
 

@@ -365,15 +365,14 @@ impl Compiler {
         }
     }
 
-    /// Machine code of `source`.
+    /// Machine code of `source`, whose name is in the compiler's messages.
     ///
     /// # Errors
     /// The compiler's own text.
-    pub(crate) fn compile(&self, source: &CStr, options: &[CString]) -> Result<Vec<u8>, String> {
+    pub(crate) fn compile(&self, name: &CStr, source: &CStr, options: &[CString]) -> Result<Vec<u8>, String> {
         let mut program = null_mut();
         // SAFETY: the strings outlive the call; there are no headers.
-        let status =
-            unsafe { (self.create)(&raw mut program, source.as_ptr(), c"kernels.cu".as_ptr(), 0, null(), null()) };
+        let status = unsafe { (self.create)(&raw mut program, source.as_ptr(), name.as_ptr(), 0, null(), null()) };
         if status != 0 {
             return Err(format!("the compiler refuses the program with code {status}"));
         }

@@ -8,7 +8,7 @@ use super::kernel_tests::{self, Subject, config, difference, poisoned_on, random
 use super::kernels::{Angles, Dimensions, Kernels, Lane};
 use super::layout::{Layout, Predictions};
 use super::weight_tests::{self, WeightSubject};
-use super::weights::{Selection, WeightKernels};
+use super::weights::{Changed, Selection, WeightKernels};
 use crate::attention::{AttentionPlan, HeadShape};
 use crate::config::{Architecture, ModelConfig};
 use crate::gpu::{self, GpuSupport};
@@ -91,24 +91,28 @@ impl WeightSubject for WeightKernels {
         GPU
     }
 
-    fn sum_elements(&self, x: &Tensor, total: &Tensor) {
-        self.sum_elements(x, total).unwrap();
+    fn sums(&self, tensors: &[&Tensor]) -> Tensor {
+        self.sums(tensors).unwrap()
     }
 
-    fn sum_differences(&self, positions: &Tensor, values: [&Tensor; 2], total: &Tensor) {
-        self.sum_differences(positions, values, total).unwrap();
+    fn differences(&self, changed: &[Changed<'_>]) -> Tensor {
+        self.differences(changed).unwrap()
     }
 
-    fn read(&self, selection: Selection<'_>) {
-        self.read(selection).unwrap();
+    fn copy(&self, pairs: &[(Tensor, Tensor)]) {
+        self.copy(pairs).unwrap();
     }
 
-    fn write(&self, selection: Selection<'_>) {
-        self.write(selection).unwrap();
+    fn read(&self, selections: &[Selection<'_>]) {
+        self.read(selections).unwrap();
     }
 
-    fn compare(&self, selection: Selection<'_>, differ: &Tensor) {
-        self.compare(selection, differ).unwrap();
+    fn write(&self, selections: &[Selection<'_>]) {
+        self.write(selections).unwrap();
+    }
+
+    fn differ(&self, selections: &[Selection<'_>]) -> Tensor {
+        self.differ(selections).unwrap()
     }
 }
 

@@ -1,15 +1,16 @@
 //! The kernels' source, compiled for the host and held against the composition: what can be shown without a GPU.
 
+use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use super::kernel_tests::{self, Subject, config};
 use super::kernels::{Angles, Dimensions, Shape};
 use super::weight_tests::{self, WeightSubject};
-use super::weights::{self, Selection};
+use super::weights::{self, Changed, Selection, Table, Width};
 use crate::config::{Architecture, ModelConfig};
 use crate::ffi::host_bytes;
 
@@ -62,8 +63,7 @@ impl Host {
             Word::Memory(tensor) => {
                 let bytes = host_bytes(tensor).unwrap();
                 // Aligned as it is here: kernels see to it.
-                let is_shifted = !bytes.as_ptr().cast::<u8>().addr().is_multiple_of(16);
-                format!("bytes{}:{}", if is_shifted { "+2" } else { "" }, bytes.len())
+                format!("bytes+{}:{}", bytes.as_ptr().addr() % 16, bytes.len())
             }
             Word::Null => "null".to_owned(),
             Word::Int(value) => format!("int:{value}"),
@@ -145,39 +145,74 @@ impl Subject for Host {
     }
 }
 
+/// Tensors that a table names, in the order of their numbers.
+#[derive(Default)]
+struct Named(RefCell<Vec<Tensor>>);
+
+impl Named {
+    /// The number of an argument behind table, number of rows and result, as an address.
+    fn address(&self, x: &Tensor, _: Width) -> Result<u64, TchError> {
+        let mut named = self.0.borrow_mut();
+        let place = named.iter().position(|known| known.data_ptr() == x.data_ptr()).unwrap_or_else(|| {
+            named.push(x.shallow_clone());
+            named.len() - 1
+        });
+        Ok((place as u64 + 3) << 48)
+    }
+}
+
+impl Host {
+    fn run_table(&self, kernel: &str, table: &Table, named: Named, result: Option<&Tensor>) {
+        let numbers: Vec<i64> = table.numbers.iter().map(|number| number.cast_signed()).collect();
+        let (rows, tensors) = (Tensor::from_slice(&numbers), named.0.into_inner());
+        let mut words = vec![Word::Memory(&rows), Word::Wide(table.rows), Word::or_null(result)];
+        words.extend(tensors.iter().map(Word::Memory));
+        self.run(kernel, weights::shape(table.rows), &words);
+    }
+}
+
 impl WeightSubject for Host {
     fn weights_device(&self) -> Device {
         Device::Cpu
     }
 
-    fn sum_elements(&self, x: &Tensor, total: &Tensor) {
-        let words = [Word::Memory(x), Word::Wide(x.numel()), Word::Memory(total)];
-        self.run("sum_elements", weights::shape(x.numel() as i64), &words);
+    fn sums(&self, tensors: &[&Tensor]) -> Tensor {
+        let (named, sums) = (Named::default(), Tensor::zeros([tensors.len() as i64], (Kind::Int64, Device::Cpu)));
+        let table = weights::stretches(tensors, |x, width| named.address(x, width)).unwrap();
+        self.run_table("sum_elements", &table, named, Some(&sums));
+        sums
     }
 
-    fn sum_differences(&self, positions: &Tensor, [before, after]: [&Tensor; 2], total: &Tensor) {
-        let [before, after, places, total] = [before, after, positions, total].map(Word::Memory);
-        let words = [before, after, places, Word::Wide(positions.numel()), total];
-        self.run("sum_differences", weights::shape(positions.numel() as i64), &words);
+    fn differences(&self, changed: &[Changed<'_>]) -> Tensor {
+        let (named, sums) = (Named::default(), Tensor::zeros([changed.len() as i64], (Kind::Int64, Device::Cpu)));
+        let table = weights::changes(changed, |x, width| named.address(x, width)).unwrap();
+        self.run_table("sum_differences", &table, named, Some(&sums));
+        sums
     }
 
-    fn read(&self, Selection { tensor, positions, values }: Selection<'_>) {
-        let count = positions.numel();
-        let words = [Word::Memory(tensor), Word::Memory(positions), Word::Wide(count), Word::Memory(values)];
-        self.run("read_elements", weights::shape(count as i64), &words);
+    fn copy(&self, pairs: &[(Tensor, Tensor)]) {
+        let named = Named::default();
+        let table = weights::moves(pairs, |x, width| named.address(x, width)).unwrap();
+        self.run_table("copy_elements", &table, named, None);
     }
 
-    fn write(&self, Selection { tensor, positions, values }: Selection<'_>) {
-        let count = positions.numel();
-        let words = [Word::Memory(tensor), Word::Memory(positions), Word::Memory(values), Word::Wide(count)];
-        self.run("write_elements", weights::shape(count as i64), &words);
+    fn read(&self, selections: &[Selection<'_>]) {
+        let named = Named::default();
+        let table = weights::selected(selections, |x, width| named.address(x, width)).unwrap();
+        self.run_table("read_elements", &table, named, None);
     }
 
-    fn compare(&self, Selection { tensor, positions, values }: Selection<'_>, differ: &Tensor) {
-        let count = positions.numel();
-        let [tensor, positions, values, differ] = [tensor, positions, values, differ].map(Word::Memory);
-        let words = [tensor, positions, values, Word::Wide(count), differ];
-        self.run("compare_elements", weights::shape(count as i64), &words);
+    fn write(&self, selections: &[Selection<'_>]) {
+        let named = Named::default();
+        let table = weights::selected(selections, |x, width| named.address(x, width)).unwrap();
+        self.run_table("write_elements", &table, named, None);
+    }
+
+    fn differ(&self, selections: &[Selection<'_>]) -> Tensor {
+        let (named, differ) = (Named::default(), Tensor::zeros([1], (Kind::Int, Device::Cpu)));
+        let table = weights::selected(selections, |x, width| named.address(x, width)).unwrap();
+        self.run_table("compare_elements", &table, named, Some(&differ));
+        differ
     }
 }
 

@@ -23,7 +23,7 @@ mod workspace;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tch::TchError;
 
@@ -36,17 +36,20 @@ use crate::gpu::{self, GpuSupport};
 
 pub(crate) use self::forward::{BatchOutput, Launched};
 pub(crate) use self::layout::Predictions;
-pub(crate) use self::weights::{Selection, WeightKernels, weight_kernels};
+pub(crate) use self::weights::{Changed, Selection, WeightKernels, weight_kernels};
 
 /// Variable that leaves out own kernels, to compare or to go round a fault of theirs; see `docs/benchmarks/gpu.md`.
 const KERNELS: &str = "GRAIL_PROOF_KERNELS";
 const NO_KERNELS: &str = "off";
+const OWN_KERNELS: &str = "own";
 /// Rows of a batch that memory must allow for before a shadow copy of the weights is provided for.
 const LEAST_ROWS: usize = 4096;
 /// Fewest rows that a batch is halved to by a shortage of memory; a longer sequence runs alone.
 const LEAST_LIMIT: usize = 512;
-/// Batches that must fit before one of twice as many rows is tried again: the attempt costs less than one of them.
+/// Batches that must fit before one of twice as many rows is tried again. An attempt that fails costs as much as a batch or two.
 const BATCHES_BEFORE_MORE: usize = 64;
+/// The same after attempts that failed: at four batches a second about a quarter of an hour.
+const MOST_BATCHES_BEFORE_MORE: usize = 4096;
 /// Device memory that is left alone: the matrix products' workspaces, and what the allocator cannot use.
 const SPARE_BYTES: usize = 1 << 30;
 
@@ -61,19 +64,22 @@ pub(crate) struct Engine {
 }
 
 /// Most rows of a batch for which memory suffices, as far as is known. What took the memory may be gone again later, as a second copy
-/// of the weights is, so a limit that was lowered rises after a while.
+/// of the weights is, so a limit that was lowered rises after a while: each time it is lowered again, after twice as long.
 #[derive(Debug)]
 struct RowLimit {
     /// By the memory that was free at the start.
     most: AtomicUsize,
     now: AtomicUsize,
-    /// Batches since the limit was changed.
+    /// Batches of about as many rows as the limit allows, since it was changed.
     batches: AtomicUsize,
+    /// How many of them it takes to raise it.
+    wait: AtomicUsize,
 }
 
 impl RowLimit {
     const fn none() -> Self {
-        Self { most: AtomicUsize::new(usize::MAX), now: AtomicUsize::new(usize::MAX), batches: AtomicUsize::new(0) }
+        let [most, now] = [const { AtomicUsize::new(usize::MAX) }; 2];
+        Self { most, now, batches: AtomicUsize::new(0), wait: AtomicUsize::new(BATCHES_BEFORE_MORE) }
     }
 
     fn set(&self, rows: usize) {
@@ -81,14 +87,23 @@ impl RowLimit {
         self.now.store(rows, Ordering::Relaxed);
     }
 
-    fn halve(&self, rows: usize) {
+    fn lower(&self, rows: usize) {
+        let is_first = self.now.load(Ordering::Relaxed) == self.most.load(Ordering::Relaxed);
         self.now.fetch_min((rows / 2).max(LEAST_LIMIT), Ordering::Relaxed);
         self.batches.store(0, Ordering::Relaxed);
+        if !is_first {
+            let wait = self.wait.load(Ordering::Relaxed);
+            self.wait.store((2 * wait).min(MOST_BATCHES_BEFORE_MORE), Ordering::Relaxed);
+        }
     }
 
-    fn note_success(&self) {
+    fn note_success(&self, rows: usize) {
         let (now, most) = (self.now.load(Ordering::Relaxed), self.most.load(Ordering::Relaxed));
-        if now < most && self.batches.fetch_add(1, Ordering::Relaxed) + 1 >= BATCHES_BEFORE_MORE {
+        // A small batch says nothing of the limit.
+        if now >= most || rows < now / 2 {
+            return;
+        }
+        if self.batches.fetch_add(1, Ordering::Relaxed) + 1 >= self.wait.load(Ordering::Relaxed) {
             self.now.store(now.saturating_mul(2).min(most), Ordering::Relaxed);
             self.batches.store(0, Ordering::Relaxed);
         }
@@ -138,7 +153,14 @@ pub(crate) fn engine(config: &ModelConfig, device: Device, dtype: Dtype) -> Opti
 
 /// Whether own kernels are used where they can be had.
 fn are_wanted() -> bool {
-    std::env::var(KERNELS).as_deref() != Ok(NO_KERNELS)
+    static WANTED: OnceLock<bool> = OnceLock::new();
+    *WANTED.get_or_init(|| {
+        let value = std::env::var_os(KERNELS).unwrap_or_default();
+        if !(value.is_empty() || value == NO_KERNELS || value == OWN_KERNELS) {
+            tracing::warn!(?value, "{KERNELS} is neither {OWN_KERNELS} nor {NO_KERNELS}; own kernels are used.");
+        }
+        value != NO_KERNELS
+    })
 }
 
 impl Engine {
@@ -180,12 +202,12 @@ impl Engine {
 
     /// Notes that a batch of `rows` rows did not fit.
     pub(crate) fn halve(&self, rows: usize) {
-        self.limit.halve(rows);
+        self.limit.lower(rows);
     }
 
-    /// Notes that a batch had the memory that it needs.
-    pub(crate) fn note_success(&self) {
-        self.limit.note_success();
+    /// Notes that there was memory for a batch of `rows` rows.
+    pub(crate) fn note_success(&self, rows: usize) {
+        self.limit.note_success(rows);
     }
 }
 
@@ -213,21 +235,22 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_that_was_lowered_rises_again_to_what_it_was() {
+    fn a_limit_that_was_lowered_rises_again_and_later_each_time() {
         let limit = RowLimit::none();
         limit.set(30_000);
-        let after = |batches: usize| {
-            (0..batches).for_each(|_| limit.note_success());
+        let after = |batches: usize, rows: usize| {
+            (0..batches).for_each(|_| limit.note_success(rows));
             limit.now.load(Ordering::Relaxed)
         };
-        assert_eq!(after(2 * BATCHES_BEFORE_MORE), 30_000);
-        limit.halve(20_000);
-        assert_eq!(after(BATCHES_BEFORE_MORE - 1), 10_000);
-        limit.halve(10_000);
-        assert_eq!(after(BATCHES_BEFORE_MORE - 1), 5_000, "a failure begins the wait anew");
-        assert_eq!((after(1), after(BATCHES_BEFORE_MORE)), (10_000, 20_000));
-        assert_eq!(after(5 * BATCHES_BEFORE_MORE), 30_000);
-        limit.halve(600);
+        assert_eq!(after(2 * BATCHES_BEFORE_MORE, 30_000), 30_000);
+        limit.lower(20_000);
+        assert_eq!(after(9 * BATCHES_BEFORE_MORE, 4_999), 10_000, "small batches say nothing");
+        assert_eq!(after(BATCHES_BEFORE_MORE - 1, 9_000), 10_000);
+        limit.lower(10_000);
+        assert_eq!(after(2 * BATCHES_BEFORE_MORE - 1, 5_000), 5_000, "a failure begins a longer wait");
+        assert_eq!((after(1, 5_000), after(2 * BATCHES_BEFORE_MORE, 10_000)), (10_000, 20_000));
+        assert_eq!(after(9 * BATCHES_BEFORE_MORE, 30_000), 30_000);
+        limit.lower(600);
         assert_eq!(limit.now.load(Ordering::Relaxed), LEAST_LIMIT);
     }
 
