@@ -15,7 +15,8 @@ Then the same comparison must refuse three mistakes: completions at shifted posi
 off by one. Shapes are filled with random weights and written to a temporary folder. Unless GRAIL_PROOF_KERNELS=off leaves out the
 worker's own kernels they must be in use. Exit code 0 if all of this is so; FILE is written anew behind each model.
 
-On a CPU the worker takes the same way as in tests: that shows that this program runs, and nothing about a GPU.
+On a CPU the worker takes the same way as in tests, and the second condition is left out: that shows that this program runs, and
+nothing about a GPU.
 """
 
 import argparse
@@ -159,7 +160,9 @@ class Comparison:
         plain = min(share(result, self.alone), share(result, self.batch))
         distance = largest_distance(result, self.alone)
         logprobs = all(ours <= plain * slack for ours, plain, slack in zip(found, self.plain, self.slack))
-        good = (logprobs and plain >= self.agreement - 0.02 and equal >= self.equal - 0.02 and distance <= TOLERANCE)
+        # On a CPU plain bf16 rounds alike whatever the batch, and nobody else does.
+        like_plain = DEVICE == "cpu" or plain >= self.agreement - 0.02
+        good = logprobs and like_plain and equal >= self.equal - 0.02 and distance <= TOLERANCE
         self.verdicts.append(dict(name=name, median=found[0], p99=found[1], sketches_equal_plain=plain, sketches_equal=equal,
                                   largest_distance=distance, passes=good))
         print(f"   {name:<24} median {found[0]:.4f} p99 {found[1]:.4f}  sketches of plain bf16 {plain * 100:.1f} %, of float32 "

@@ -84,9 +84,14 @@ impl Model {
             bytes = files.total_bytes(),
             "Model loaded."
         );
+        let dtypes = files.dtypes();
+        if options.device != Device::Cpu {
+            // To unmap a large file takes tenths of a second, for which no reload should wait. Without a thread it is done here.
+            drop(std::thread::Builder::new().name("grail-unmap".into()).spawn(move || drop(files)));
+        }
         Ok(Self {
             network: Frozen::new(network),
-            dtypes: files.dtypes(),
+            dtypes,
             weights_hash,
             device: options.device,
             dtype,
