@@ -119,26 +119,28 @@ impl Model {
             let inexact = || ChecksumError::Inexact { tensor: tensor.clone(), file: file.name(), model: self.dtype() };
             Encoding::of(file, kind).ok_or_else(inexact)
         };
-        let (mut names, mut sums, mut for_kernels) = (Vec::new(), Vec::new(), (Vec::new(), Vec::new()));
+        // Those of the composition first, then those of the kernels.
+        let (mut names, mut sums) = (Vec::new(), Vec::new());
+        let (mut names_of_changed, mut changed) = (Vec::new(), Vec::new());
         for step in steps {
-            let encoding = encoding(&step.change.tensor)?;
+            let (tensor, encoding) = (step.change.tensor.clone(), encoding(&step.change.tensor)?);
             match (&step.change.place, &kernels) {
                 (Place::At(positions), Some(_)) => {
-                    for_kernels.0.push(step.change.tensor.clone());
-                    for_kernels.1.push(Changed { positions, before: &step.old, after: &step.change.new });
+                    names_of_changed.push(tensor);
+                    changed.push(Changed { positions, before: &step.old, after: &step.change.new });
                 }
                 _ => {
-                    names.push(step.change.tensor.clone());
+                    names.push(tensor);
                     sums.push(step.difference(encoding)?);
                 }
             }
         }
+        names.extend(names_of_changed);
         let mut parts = Vec::new();
         if !sums.is_empty() {
             parts.push(Tensor::f_stack(&sums, 0)?);
         }
-        if let (Some(kernels), (more, changed)) = (kernels, for_kernels) {
-            names.extend(more);
+        if let Some(kernels) = kernels {
             parts.push(kernels.differences(&changed)?);
         }
         if parts.is_empty() {
