@@ -33,7 +33,7 @@ pub enum Outcome {
         weights: WeightsHash,
         rows: Vec<RowFacts>,
     },
-    /// `weights` are ready to take over; the present ones if there is no memory to make others ready.
+    /// `weights` are ready to take over; the present ones if others cannot lie ready.
     Staged {
         id: RequestId,
         weights: WeightsHash,

@@ -108,7 +108,7 @@ impl Preparer {
         let started = Instant::now();
         let prepared = self.prepare(order)?;
         if !prepared.is_ready() {
-            info!(weights = %order.weights, "No memory to make the weights ready; they will be changed in place.");
+            info!(weights = %order.weights, "The weights cannot lie ready; they will be changed in place when they are due.");
             return Ok(present);
         }
         let Way { from_changes, in_shadow } = prepared.way();

@@ -26,7 +26,8 @@ const RESERVE_BYTES: u64 = 1 << 30;
 #[derive(Debug)]
 pub(crate) struct Slot {
     model: RwLock<ProofModel>,
-    /// Bytes of a freed copy that libtorch keeps on a GPU: the driver counts them as in use, and the next copy gets them.
+    /// Bytes of freed copies and changes that libtorch keeps on a GPU: the driver counts them as in use, and what is made ready next gets
+    /// them.
     spare_bytes: AtomicU64,
 }
 
@@ -177,7 +178,9 @@ impl TorchReloader {
             && let Some(staged) = self.staged(model, changes, (&before, &wanted(order)))?
         {
             let slot = Arc::clone(&self.slot);
-            return Ok(Box::new(StagedInPlace { slot, staged, before, weights: order.weights }));
+            let bytes = changes.staged_bytes(model).unwrap_or_default();
+            let spare = Spare { slot: Arc::clone(&self.slot), bytes };
+            return Ok(Box::new(StagedInPlace { slot, staged, spare, before, weights: order.weights }));
         }
         Ok(Box::new(InPlace {
             slot: Arc::clone(&self.slot),
@@ -199,6 +202,8 @@ impl TorchReloader {
         if !changes.staged_bytes(model).is_some_and(|bytes| self.slot.has_room(model.device(), bytes)) {
             return Ok(None);
         }
+        // Whatever was kept is used up now.
+        self.slot.spare_bytes.store(0, Ordering::Relaxed);
         match model.stage(changes, before, wanted) {
             Ok(staged) => Ok(Some(staged)),
             Err(ChangeError::Torch(error)) => {
@@ -284,7 +289,7 @@ struct Copied {
     from_changes: bool,
 }
 
-/// Takes note of memory that a copy has given back when it is dropped.
+/// Takes note of memory that a copy or changes have given back when it is dropped.
 struct Spare {
     slot: Arc<Slot>,
     bytes: u64,
@@ -292,7 +297,7 @@ struct Spare {
 
 impl Drop for Spare {
     fn drop(&mut self) {
-        self.slot.spare_bytes.store(self.bytes, Ordering::Relaxed);
+        self.slot.spare_bytes.fetch_add(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -322,6 +327,9 @@ impl Prepared for Copied {
 struct StagedInPlace {
     slot: Arc<Slot>,
     staged: StagedChanges,
+    /// Behind the changes, so that it is dropped after them.
+    #[expect(dead_code, reason = "it takes note when it is dropped")]
+    spare: Spare,
     /// Checksums of the old weights, to know whether they are back.
     before: Checksums,
     weights: WeightsHash,

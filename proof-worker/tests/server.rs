@@ -480,6 +480,8 @@ async fn without_memory_for_two_the_present_weights_are_named_and_changed_in_pla
     // What lies ready beside the weights is kept until it is due, though it is no second copy.
     assert_eq!(client.stage(&order("beside-2")).await.unwrap(), NEW);
     client.prove(&job(0)).await.expect("nothing is in place yet");
+    // It is not made ready again: that would wait here for ever.
+    let _closed = server.puppets.gate("beside-2");
     let reloaded = client.reload(&order("beside-2")).await.unwrap();
     assert_eq!((reloaded.weights, reloaded.in_shadow), (NEW, false));
     client.prove(&ProveJob { weights: NEW, ..job(0) }).await.unwrap();

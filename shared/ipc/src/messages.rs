@@ -112,7 +112,7 @@ pub enum FromWorker {
     Staged {
         id: RequestId,
         epoch: Epoch,
-        /// The weights that the next reload to them finds ready; the present ones if there was no memory to make others ready.
+        /// The weights that the next reload to them finds ready; the present ones if others cannot lie ready.
         weights: WeightsHash,
     },
     Reloaded(Reloaded),

@@ -17,7 +17,7 @@ use crate::safetensors::{FileDtype, SafetensorsFile, TensorView};
 use crate::weights::{HEAD, WeightFiles, expected_tensors};
 
 /// Elements that are scattered at once: bounds what lies beside the weights on the device to about 50 MB.
-const STEP: usize = 1 << 22;
+pub(crate) const STEP: usize = 1 << 22;
 
 /// Changes that fit a model: checked, and mapped but not read into memory.
 #[derive(Debug)]
@@ -269,7 +269,7 @@ impl Model {
                 fills.push(Fill { to: place.shallow_clone(), bytes: changes.values(edit), kind: edit.kind });
                 continue;
             }
-            for range in steps(count) {
+            for range in steps(count, STEP) {
                 let positions = changes.positions(edit, &range, place.device())?;
                 let mut bits = bits_of(place)?;
                 if let Some(undo) = undo.as_deref_mut() {
@@ -299,7 +299,6 @@ impl Model {
     /// As [`Model::apply`], and [`ChangeError::NotWritten`]; the copy is of no use then.
     pub fn apply_to_copy(&mut self, changes: &Changes) -> Result<(), ChangeError> {
         if changes.is_set() && self.device() != crate::Device::Cpu {
-            // Two edits of one element do not depend on their order: a tied output matrix and its embedding are the same.
             self.write_unstaged(changes)
         } else {
             self.apply(changes, None)
@@ -343,8 +342,8 @@ fn file_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     shapes
 }
 
-pub(crate) fn steps(count: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..count).step_by(STEP).map(move |first| first..count.min(first + STEP))
+pub(crate) fn steps(count: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..count).step_by(step).map(move |first| first..count.min(first + step))
 }
 
 /// The same elements as integers: copies of a number that is none must keep their bits.

@@ -192,8 +192,8 @@ fn copies_take_changes_on(device: Device) {
             let (before, wanted) = (bits(&model), step.checksums());
             let mut copy = model.copy().unwrap();
             assert_eq!(bits(&copy), before);
-            // As it is done on every device but a CPU.
-            copy.write_unstaged(&Changes::open(&step.changes, &model).unwrap()).unwrap();
+            // As it is done on every device but a CPU, in many parts and groups.
+            copy.write_in_groups(&Changes::open(&step.changes, &model).unwrap(), 100, 1_000).unwrap();
             copy.confirm(target.weights_hash(), &wanted).unwrap();
             assert_eq!((bits(&copy), copy.weights_hash()), (bits(&target), target.weights_hash()));
             assert_eq!(bits(&model), before, "the copy shares nothing");

@@ -151,7 +151,7 @@ impl Evaluation<'_> {
             Ok(part) => {
                 parts.push(part);
                 if let Some(engine) = self.engine {
-                    engine.note_success(rows);
+                    engine.note_success(rows, self.model.batch_tokens());
                 }
             }
             Err(ProveError::OutOfMemory { tokens, detail }) if members.len() > 1 => {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use grail_protocol::ids::WeightsHash;
 use tch::{Device, Kind, TchError, Tensor};
 
-use crate::changes::{Changes, Edit, bits_of, steps};
+use crate::changes::{Changes, Edit, STEP, bits_of, steps};
 use crate::checksum::{self, Checksums, Encoding, device_bits};
 use crate::cuda::{Changed, Selection, WeightKernels, weight_kernels};
 use crate::error::{ChangeError, ChecksumError};
@@ -188,10 +188,23 @@ impl Model {
     /// Writes changes that are not staged, without a way back: to weights that nobody proves with yet. No more than
     /// [`MOST_BESIDE_BYTES`] lie beside them meanwhile.
     pub(crate) fn write_unstaged(&mut self, changes: &Changes) -> Result<(), ChangeError> {
+        self.write_in_groups(changes, STEP, MOST_BESIDE_BYTES)
+    }
+
+    /// In parts of at most `step` elements, of which groups of about `most_bytes` are written together.
+    pub(crate) fn write_in_groups(
+        &mut self,
+        changes: &Changes,
+        step: usize,
+        most_bytes: usize,
+    ) -> Result<(), ChangeError> {
         let _guard = tch::no_grad_guard();
         let kernels = self.own_kernels();
         let places = self.exclusive_places()?;
-        let (whole, some): (Vec<_>, Vec<_>) = changes.edits().iter().partition(|edit| edit.indexed.is_none());
+        // A tied output matrix is the embedding, against which its checksum is held too.
+        let is_tied = self.config().tie_word_embeddings;
+        let own = changes.edits().iter().filter(|edit| !(is_tied && edit.tensor == HEAD));
+        let (whole, some): (Vec<_>, Vec<_>) = own.partition(|edit| edit.indexed.is_none());
         let fill_of = |edit: &Edit| {
             let to = places.get(&edit.tensor)?.shallow_clone();
             Some(Fill { to, bytes: changes.values(edit), kind: edit.kind })
@@ -199,10 +212,10 @@ impl Model {
         fill(whole.into_iter().filter_map(fill_of).collect())?;
         let mut group = Vec::new();
         let mut bytes = 0;
-        for part in some.into_iter().flat_map(|edit| parts(changes, edit)) {
+        for part in some.into_iter().flat_map(|edit| parts(changes, edit, step)) {
             bytes += part.1.len() * (POSITION_BYTES + self.dtype().kind().elt_size_in_bytes());
             group.push(part);
-            if bytes >= MOST_BESIDE_BYTES {
+            if bytes >= most_bytes {
                 write_parts(changes, &places, &std::mem::take(&mut group), kernels.as_deref())?;
                 bytes = 0;
             }
@@ -245,7 +258,7 @@ fn on_device(
     kernels: Option<&WeightKernels>,
 ) -> Result<Vec<Step>, TchError> {
     let mut steps = Vec::new();
-    let all: Vec<_> = changes.edits().iter().flat_map(|edit| parts(changes, edit)).collect();
+    let all: Vec<_> = changes.edits().iter().flat_map(|edit| parts(changes, edit, STEP)).collect();
     for change in uploaded(changes, places, &all)? {
         let Some(held) = places.get(&change.tensor) else { continue };
         let old = match (&change.place, kernels) {
@@ -270,9 +283,9 @@ fn on_device(
 /// Some elements of an edit.
 type EditPart<'c> = (&'c Edit, Range<usize>);
 
-/// All elements of an edit, in parts for which wide integers on the device are affordable.
-fn parts<'c>(changes: &Changes, edit: &'c Edit) -> impl Iterator<Item = EditPart<'c>> {
-    steps(changes.element_count(edit)).map(move |range| (edit, range))
+/// All elements of an edit, in parts of `step` elements.
+fn parts<'c>(changes: &Changes, edit: &'c Edit, step: usize) -> impl Iterator<Item = EditPart<'c>> {
+    steps(changes.element_count(edit), step).map(move |range| (edit, range))
 }
 
 fn write_parts(

@@ -22,7 +22,7 @@ mod weights;
 mod workspace;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tch::TchError;
@@ -64,7 +64,7 @@ pub(crate) struct Engine {
 }
 
 /// Most rows of a batch for which memory suffices, as far as is known. What took the memory may be gone again later, as a second copy
-/// of the weights is, so a limit that was lowered rises after a while: each time it is lowered again, after twice as long.
+/// of the weights is, so a limit that was lowered rises after a while: after twice as long each time that a rise was wrong.
 #[derive(Debug)]
 struct RowLimit {
     /// By the memory that was free at the start.
@@ -72,14 +72,17 @@ struct RowLimit {
     now: AtomicUsize,
     /// Batches of about as many rows as the limit allows, since it was changed.
     batches: AtomicUsize,
-    /// How many of them it takes to raise it.
+    /// How many of them it takes to raise it, and to trust that it was right.
     wait: AtomicUsize,
+    /// Whether the last change was a rise that is not trusted yet.
+    is_tried: AtomicBool,
 }
 
 impl RowLimit {
     const fn none() -> Self {
         let [most, now] = [const { AtomicUsize::new(usize::MAX) }; 2];
-        Self { most, now, batches: AtomicUsize::new(0), wait: AtomicUsize::new(BATCHES_BEFORE_MORE) }
+        let (batches, wait) = (AtomicUsize::new(0), AtomicUsize::new(BATCHES_BEFORE_MORE));
+        Self { most, now, batches, wait, is_tried: AtomicBool::new(false) }
     }
 
     fn set(&self, rows: usize) {
@@ -88,24 +91,34 @@ impl RowLimit {
     }
 
     fn lower(&self, rows: usize) {
-        let is_first = self.now.load(Ordering::Relaxed) == self.most.load(Ordering::Relaxed);
         self.now.fetch_min((rows / 2).max(LEAST_LIMIT), Ordering::Relaxed);
         self.batches.store(0, Ordering::Relaxed);
-        if !is_first {
+        // A batch that is halved several times tells once that the rise was wrong.
+        if self.is_tried.swap(false, Ordering::Relaxed) {
             let wait = self.wait.load(Ordering::Relaxed);
             self.wait.store((2 * wait).min(MOST_BATCHES_BEFORE_MORE), Ordering::Relaxed);
         }
     }
 
-    fn note_success(&self, rows: usize) {
-        let (now, most) = (self.now.load(Ordering::Relaxed), self.most.load(Ordering::Relaxed));
+    /// A batch of `rows` had memory; `configured` is the most that any batch has.
+    fn note_success(&self, rows: usize, configured: usize) {
+        let now = self.now.load(Ordering::Relaxed);
+        let most = self.most.load(Ordering::Relaxed).min(configured);
+        let is_tried = self.is_tried.load(Ordering::Relaxed);
         // A small batch says nothing of the limit.
-        if now >= most || rows < now / 2 {
+        if now >= most && !is_tried || rows < now.min(most) / 2 {
             return;
         }
-        if self.batches.fetch_add(1, Ordering::Relaxed) + 1 >= self.wait.load(Ordering::Relaxed) {
+        if self.batches.fetch_add(1, Ordering::Relaxed) + 1 < self.wait.load(Ordering::Relaxed) {
+            return;
+        }
+        self.batches.store(0, Ordering::Relaxed);
+        if is_tried {
+            self.wait.store(BATCHES_BEFORE_MORE, Ordering::Relaxed);
+        }
+        self.is_tried.store(now < most, Ordering::Relaxed);
+        if now < most {
             self.now.store(now.saturating_mul(2).min(most), Ordering::Relaxed);
-            self.batches.store(0, Ordering::Relaxed);
         }
     }
 }
@@ -205,9 +218,9 @@ impl Engine {
         self.limit.lower(rows);
     }
 
-    /// Notes that there was memory for a batch of `rows` rows.
-    pub(crate) fn note_success(&self, rows: usize) {
-        self.limit.note_success(rows);
+    /// Notes that there was memory for a batch of `rows` rows, where no batch has more than `configured`.
+    pub(crate) fn note_success(&self, rows: usize, configured: usize) {
+        self.limit.note_success(rows, configured);
     }
 }
 
@@ -235,21 +248,26 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_that_was_lowered_rises_again_and_later_each_time() {
+    fn a_limit_that_was_lowered_rises_again_and_later_where_that_was_wrong() {
         let limit = RowLimit::none();
-        limit.set(30_000);
+        limit.set(300_000);
         let after = |batches: usize, rows: usize| {
-            (0..batches).for_each(|_| limit.note_success(rows));
+            (0..batches).for_each(|_| limit.note_success(rows, 32_000));
             limit.now.load(Ordering::Relaxed)
         };
-        assert_eq!(after(2 * BATCHES_BEFORE_MORE, 30_000), 30_000);
-        limit.lower(20_000);
-        assert_eq!(after(9 * BATCHES_BEFORE_MORE, 4_999), 10_000, "small batches say nothing");
-        assert_eq!(after(BATCHES_BEFORE_MORE - 1, 9_000), 10_000);
-        limit.lower(10_000);
-        assert_eq!(after(2 * BATCHES_BEFORE_MORE - 1, 5_000), 5_000, "a failure begins a longer wait");
-        assert_eq!((after(1, 5_000), after(2 * BATCHES_BEFORE_MORE, 10_000)), (10_000, 20_000));
-        assert_eq!(after(9 * BATCHES_BEFORE_MORE, 30_000), 30_000);
+        assert_eq!(after(2 * BATCHES_BEFORE_MORE, 30_000), 300_000);
+        // One batch that is halved until it fits.
+        [30_000, 15_000, 7_500].into_iter().for_each(|rows| limit.lower(rows));
+        assert_eq!(after(9 * BATCHES_BEFORE_MORE, 1_800), 3_750, "small batches say nothing");
+        assert_eq!(after(BATCHES_BEFORE_MORE - 1, 3_700), 3_750);
+        assert_eq!(after(1, 3_700), 7_500, "three halves of one shortage make no longer wait");
+        limit.lower(7_500);
+        assert_eq!(after(2 * BATCHES_BEFORE_MORE - 1, 3_700), 3_750, "the rise was wrong");
+        assert_eq!(after(1, 3_700), 7_500);
+        assert_eq!(after(9 * BATCHES_BEFORE_MORE, 32_000), 32_000, "as much as any batch has");
+        // After it has held for long, a shortage is the first one again.
+        limit.lower(32_000);
+        assert_eq!(after(BATCHES_BEFORE_MORE, 16_000), 32_000);
         limit.lower(600);
         assert_eq!(limit.now.load(Ordering::Relaxed), LEAST_LIMIT);
     }

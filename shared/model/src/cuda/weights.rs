@@ -121,9 +121,13 @@ impl WeightKernels {
             let wide = x.f_to_kind(Kind::Int64)?.f_bitwise_and_(0xffff)?;
             wide.f_mul(&weights)?.f_sum(Kind::Int64)?.f_int64_value(&[])
         };
-        let (before, copy) = (sum_of(&x)?, x.f_zeros_like()?);
-        self.copy(&[(x.shallow_clone(), copy.shallow_clone())])?;
-        if self.sums(&[&x])?.f_int64_value(&[0])? != before || !copy.f_equal(&x)? {
+        let (before, copies) = (sum_of(&x)?, [x.f_zeros_like()?, bits.f_zeros_like()?]);
+        // One is aligned, the other not.
+        let pairs =
+            [&x, &bits].map(Tensor::shallow_clone).into_iter().zip(copies.each_ref().map(Tensor::shallow_clone));
+        self.copy(&pairs.collect::<Vec<_>>())?;
+        let are_copied = copies[0].f_equal(&x)? && copies[1].f_equal(&bits)?;
+        if self.sums(&[&x])?.f_int64_value(&[0])? != before || !are_copied {
             return Ok(false);
         }
         let wide_positions = numbers(CHECKED / 3)?.f_mul_scalar_(3)?.f_add_scalar_(1)?;
@@ -274,10 +278,8 @@ impl Table {
 
     /// Low and high halves of the numbers.
     fn halves(&self) -> Vec<i32> {
-        let halves = |number: &u64| {
-            number.to_le_bytes().as_chunks::<4>().0.iter().map(|bytes| i32::from_le_bytes(*bytes)).collect::<Vec<_>>()
-        };
-        self.numbers.iter().flat_map(halves).collect()
+        let half = |number: u64| (number & 0xffff_ffff) as u32;
+        self.numbers.iter().flat_map(|number| [half(*number), half(*number >> 32)].map(u32::cast_signed)).collect()
     }
 }
 

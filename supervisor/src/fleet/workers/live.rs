@@ -148,7 +148,9 @@ impl<L: WorkerLink> LiveWorker<L> {
             Ok(Ok(ready)) if ready == next.weights => {
                 tracing::info!(%slot, %checkpoint, "Worker has the checkpoint ready.")
             }
-            Ok(Ok(_)) => tracing::info!(%slot, %checkpoint, "Worker has no memory to make the checkpoint ready."),
+            Ok(Ok(_)) => {
+                tracing::info!(%slot, %checkpoint, "Worker will change its weights when the checkpoint is due.")
+            }
             Ok(Err(error)) => {
                 tracing::warn!(%slot, %checkpoint, error = with_causes(&error), "Worker could not make the checkpoint ready.");
             }
