@@ -60,8 +60,8 @@ impl SpoolHeader {
     /// Whether both are of one window and hotkey, but groups of one must not be in a file with groups of the other.
     pub fn is_superseded_by(&self, other: &Self) -> bool {
         let is_same_window = (&self.window_hash, &self.hotkey) == (&other.window_hash, &other.hotkey);
-        is_same_window
-            && ((self.checkpoint, self.weights) != (other.checkpoint, other.weights) || self.differs_in_policy(other))
+        let of = |header: &Self| (header.checkpoint, header.weights, header.model_name.clone());
+        is_same_window && (of(self) != of(other) || self.differs_in_policy(other))
     }
 
     fn differs_in_policy(&self, other: &Self) -> bool {
@@ -450,6 +450,7 @@ mod tests {
         let other = SpoolHeader { policy: "q".into(), ..header() };
         assert!(header().is_superseded_by(&other) && !header().is_superseded_by(&header()));
         assert!(header().is_superseded_by(&SpoolHeader { weights: WeightsHash(8), ..header() }));
+        assert!(header().is_superseded_by(&SpoolHeader { model_name: "n".into(), ..header() }));
         let foreign = SpoolHeader { hotkey: Hotkey("5G".into()), ..other.clone() };
         assert!(!header().is_superseded_by(&foreign), "not ours to set aside");
         let folder = tempfile::tempdir().unwrap();

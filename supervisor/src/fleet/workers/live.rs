@@ -161,6 +161,8 @@ impl<L: WorkerLink> LiveWorker<L> {
     pub(super) async fn reload(&self, order: ReloadOrder, limit: Duration) -> Result<Reloaded, Refused> {
         let (checkpoint, weights) = (order.checkpoint, order.weights);
         let had_them = self.weights() == Some(weights);
+        // Whatever was ready takes over now or is dropped.
+        *self.asked_to_stage.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let refused = |reason| Refused { reason, proves_on: false };
         match tokio::time::timeout(limit, self.link.reload(order)).await {
             Ok(Ok(reloaded)) if reloaded.weights != weights => {
