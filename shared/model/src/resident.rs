@@ -1,11 +1,12 @@
 //! The tensors of the files where they lie in a loaded model: views into the stacked matrices.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::config::{Architecture, ModelConfig};
-use crate::cuda::{beside_proofs, weight_kernels};
+use crate::cuda::{WeightKernels, beside_proofs, weight_kernels};
 use crate::error::LoadError;
 use crate::ffi::Frozen;
 use crate::layers::{Layer, Linear, Network, RmsNorm};
@@ -139,6 +140,11 @@ impl Network {
 }
 
 impl Network {
+    /// Kernels of our own for these weights where they lie, if there are any.
+    pub(crate) fn own_kernels(&self) -> Option<Arc<WeightKernels>> {
+        weight_kernels(self.device).filter(|_| self.kind.elt_size_in_bytes() == 2)
+    }
+
     fn copy(&self) -> Result<Self, TchError> {
         let copy = Self::unfilled(self.config.clone(), (self.kind, self.device))?;
         // A tied output matrix is the embedding, which has its own turn.
@@ -149,7 +155,7 @@ impl Network {
             .zip(copy.places()?.into_values())
             .filter_map(|((name, from), to)| is_own(&name).then_some((from, to)))
             .collect();
-        match weight_kernels(self.device).filter(|_| self.kind.elt_size_in_bytes() == 2) {
+        match self.own_kernels() {
             Some(kernels) => kernels.copy(&pairs)?,
             None => pairs.into_iter().try_for_each(|(from, mut to)| to.f_copy_(&from).map(drop))?,
         }

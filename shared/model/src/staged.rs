@@ -5,14 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
 
 use grail_protocol::ids::WeightsHash;
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::changes::{Changes, Edit, STEP, bits_of, steps};
 use crate::checksum::{self, Checksums, Encoding, device_bits};
-use crate::cuda::{Changed, Selection, WeightKernels, weight_kernels};
+use crate::cuda::{Changed, Selection, WeightKernels};
 use crate::error::{ChangeError, ChecksumError};
 use crate::fill::{Fill, fill};
 use crate::model::Model;
@@ -99,7 +98,7 @@ impl Model {
     ) -> Result<StagedChanges, ChangeError> {
         assert!(changes.staged_bytes(self).is_some(), "only changes that can be staged are");
         let _guard = tch::no_grad_guard();
-        let steps = on_device(changes, &self.network().places()?, self.own_kernels().as_deref())?;
+        let steps = on_device(changes, &self.network().places()?, self.network().own_kernels().as_deref())?;
         let mut expected = before.clone();
         for (tensor, sum) in self.differences(&steps)? {
             let unknown = || ChecksumError::Missing { tensor: tensor.clone() };
@@ -112,7 +111,7 @@ impl Model {
 
     /// By step: its tensor, and what its new bits add to that one's checksum. The host waits once.
     fn differences(&self, steps: &[Step]) -> Result<Vec<(String, u64)>, ChangeError> {
-        let (kind, kernels) = (self.network().kind, self.own_kernels());
+        let (kind, kernels) = (self.network().kind, self.network().own_kernels());
         let encoding = |tensor: &String| {
             let unknown = || ChecksumError::Unknown { tensor: tensor.clone() };
             let file = *self.dtypes.get(tensor).ok_or_else(unknown)?;
@@ -182,7 +181,7 @@ impl Model {
             Bits::New => step.change.new.shallow_clone(),
         };
         let writes: Vec<_> = staged.steps.iter().map(|step| (&step.change, values_of(step))).collect();
-        write(&places, &writes, self.own_kernels().as_deref())
+        write(&places, &writes, self.network().own_kernels().as_deref())
     }
 
     /// Writes changes that are not staged, without a way back: to weights that nobody proves with yet. No more than
@@ -199,7 +198,7 @@ impl Model {
         most_bytes: usize,
     ) -> Result<(), ChangeError> {
         let _guard = tch::no_grad_guard();
-        let kernels = self.own_kernels();
+        let kernels = self.network().own_kernels();
         let places = self.exclusive_places()?;
         // A tied output matrix is the embedding, against which its checksum is held too.
         let is_tied = self.config().tie_word_embeddings;
@@ -221,11 +220,6 @@ impl Model {
             }
         }
         write_parts(changes, &places, &group, kernels.as_deref())
-    }
-
-    /// Kernels of our own for these weights, if there are any.
-    fn own_kernels(&self) -> Option<Arc<WeightKernels>> {
-        weight_kernels(self.network().device).filter(|_| self.network().kind.elt_size_in_bytes() == 2)
     }
 }
 

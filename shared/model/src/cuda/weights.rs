@@ -255,6 +255,11 @@ impl Width {
             Self::Positions => 4,
         }
     }
+
+    /// Where an element of what lies at `start` is.
+    const fn at(self, start: u64, element: u64) -> u64 {
+        start + self.bytes() * element
+    }
 }
 
 /// Rows of 64-bit numbers, as the source's structures have them.
@@ -291,7 +296,7 @@ pub(super) fn stretches(
     let mut table = Table::default();
     for (x, total) in tensors.iter().zip(0..) {
         let start = address(x, Width::Elements)?;
-        table.push(x.numel() as u64, |first, count| [start + Width::Elements.bytes() * first, first, count, total]);
+        table.push(x.numel() as u64, |first, count| [Width::Elements.at(start, first), first, count, total]);
     }
     Ok(table)
 }
@@ -305,7 +310,7 @@ pub(super) fn moves(
     for (from, to) in pairs {
         let count = same_count([from, to])?;
         let (from, to) = (address(from, Width::Elements)?, address(to, Width::Elements)?);
-        let at = |start, first| start + Width::Elements.bytes() * first;
+        let at = |start, first| Width::Elements.at(start, first);
         table.push(count, |first, count| [at(from, first), at(to, first), count]);
     }
     Ok(table)
@@ -322,13 +327,7 @@ pub(super) fn selected(
         let (tensor, length) = (address(tensor, Width::Elements)?, tensor.numel() as u64);
         let (positions, values) = (address(positions, Width::Positions)?, address(values, Width::Elements)?);
         table.push(count, |first, count| {
-            [
-                tensor,
-                positions + Width::Positions.bytes() * first,
-                values + Width::Elements.bytes() * first,
-                count,
-                length,
-            ]
+            [tensor, Width::Positions.at(positions, first), Width::Elements.at(values, first), count, length]
         });
     }
     Ok(table)
@@ -344,9 +343,9 @@ pub(super) fn changes(
         let count = same_count([positions, before])?.min(same_count([before, after])?);
         let positions = address(positions, Width::Positions)?;
         let [before, after] = [address(before, Width::Elements)?, address(after, Width::Elements)?];
-        let at = |start, first| start + Width::Elements.bytes() * first;
+        let at = |start, first| Width::Elements.at(start, first);
         table.push(count, |first, count| {
-            [at(before, first), at(after, first), positions + Width::Positions.bytes() * first, count, total]
+            [at(before, first), at(after, first), Width::Positions.at(positions, first), count, total]
         });
     }
     Ok(table)
