@@ -34,13 +34,14 @@ demo: build evaluator ## Mine and verify on the embedded default; ENV=mbpp, huma
 
 .PHONY: test
 test: libtorch evaluator ## Run every test and print how many golden-vector cases ran, by file.
+	@# Every test runs, so that one run tells of everything that fails.
 	@# With --tests the binaries get the same features as the tests, so nothing is built twice.
 	cargo build --workspace --bins --tests --locked
 	@rm -rf "$(REPORT_DIR)"
 	@if cargo nextest --version >/dev/null 2>&1; then \
-		GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo nextest run --workspace --locked; \
+		GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo nextest run --workspace --locked --no-fail-fast; \
 	else \
-		GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo test --workspace --locked; \
+		GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo test --workspace --locked --no-fail-fast; \
 	fi
 	@GRAIL_VECTOR_REPORT_DIR="$(REPORT_DIR)" cargo run --quiet --locked -p grail-golden --bin vector-report
 	@./deploy/fetch-tokenizers.sh --status

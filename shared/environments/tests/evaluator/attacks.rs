@@ -125,7 +125,9 @@ pub fn guarded(planted: &Planted) -> Vec<Attack> {
             Fails("RuntimeError"),
             "def spin():\n    while True: pass\nload('_thread').start_new_thread(spin, ())\n",
         ),
-        attack("memory bomb", &[Limits], Fails("MemoryError"), "held = bytearray(3 << 29)\n"),
+        // Asked for but not written to: new pages for all of it take some machines four seconds, and then the control, without
+        // the layer, has no verdict.
+        attack("memory bomb", &[Limits], Fails("MemoryError"), "held = bytes(3 << 29)\n"),
         attack(
             "big file",
             &[Seccomp, Limits, Landlock],
