@@ -60,7 +60,7 @@ bench: libtorch evaluator ## Run the CPU benchmarks; docs/benchmarks says how to
 	cargo bench --workspace --locked
 
 .PHONY: train-demo
-train-demo: libtorch ## Train the demo checkpoints again, for a GPU; docs/demo-checkpoints.md says how on a CPU.
+train-demo: libtorch ## Train the demo checkpoints again, on the CPU, for many hours; docs/demo-checkpoints.md says how on a GPU.
 	cargo run --release --locked -p grail-demo-trainer -- --out deploy/demo
 
 .PHONY: install

@@ -6,30 +6,42 @@
 #   deploy/bench-reload.sh cuda [FOLDER WITH THE BINARY, by default target/release]   the 7B shape in bfloat16, then the 1.5B shape
 #
 # GRAIL_BENCH_SCRATCH names a folder for the checkpoints: 5 GB for cpu, 32 GB for cuda, which should be memory there.
+# GRAIL_BENCH_REPEATS is how often each reload is measured: by default 5 times (cuda) or 3 times (cpu). If one of the two fails, the
+# other is measured all the same, and the exit code is 1.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 device=${1:?write cpu or cuda}
 worker=$(cd "${2:-$root/target/release}" && pwd)/grail-proof-worker
 [ -x "$worker" ] || { echo "error: $worker is missing; run make build first" >&2; exit 1; }
-scratch=${GRAIL_BENCH_SCRATCH:-${TMPDIR:-/tmp}}
 
 case $device in
-cpu)
-    "$worker" profile-reload --shape qwen2-0.5b --scratch "$scratch"
-    echo
-    # Seven of the layers are 1 GB in float32.
-    "$worker" profile-reload --shape qwen2-0.5b --layers 7 --file-dtype float32 --scratch "$scratch"
-    ;;
-cuda)
-    requests=(--prompt-tokens 200 --completion-tokens 800 --members 16)
-    "$worker" profile-reload --shape qwen2-7b --device cuda:0 --changed 0.01 --repeats 5 --scratch "$scratch" \
-        --no-folder-in-place "${requests[@]}"
-    echo
-    "$worker" profile-reload --shape qwen2-1.5b --device cuda:0 --changed 0.01 --repeats 5 --scratch "$scratch" "${requests[@]}"
-    ;;
+cpu) repeats=${GRAIL_BENCH_REPEATS:-3} ;;
+cuda) repeats=${GRAIL_BENCH_REPEATS:-5} ;;
 *)
     echo "error: $device is neither cpu nor cuda" >&2
     exit 2
     ;;
 esac
+scratch=$(mktemp -d "${GRAIL_BENCH_SCRATCH:-${TMPDIR:-/tmp}}/grail-bench-XXXXXX")
+trap 'rm -rf "$scratch"' EXIT
+
+failed=0
+measure() {
+    "$worker" profile-reload "$@" --repeats "$repeats" --scratch "$scratch" || failed=1
+    # One that was killed left its checkpoints behind, and the next needs their room.
+    rm -rf "$scratch"/grail-reload-*
+}
+
+if [ "$device" = cpu ]; then
+    measure --shape qwen2-0.5b
+    echo
+    # Seven of the layers are 1 GB in float32.
+    measure --shape qwen2-0.5b --layers 7 --file-dtype float32
+else
+    usual=(--device cuda:0 --changed 0.01 --prompt-tokens 200 --completion-tokens 800 --members 16)
+    measure --shape qwen2-7b "${usual[@]}" --no-folder-in-place
+    echo
+    measure --shape qwen2-1.5b "${usual[@]}"
+fi
+exit $failed

@@ -86,6 +86,8 @@ done
 
 say "unpacking"
 staging=$(mktemp -d "$cache/libtorch-staging.XXXXXX")
+# Other users may run what is built with it.
+chmod 755 "$staging"
 trap 'rm -rf "$staging"' EXIT
 python3 - "$staging" "$(wheel_of "torch==${torch_version}")" "$(wheel_of nvidia-cuda-runtime==13.0.96)" "$(wheel_of nvidia-cuda-cupti==13.0.85)" <<'PYTHON'
 import os, shutil, sys, zipfile

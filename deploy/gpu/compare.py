@@ -114,7 +114,13 @@ def prove(worker, folder, *runs):
     ]
     device = "cpu" if DEVICE == "cpu" else "cuda:0"
     command = [worker, "prove", "-", "--model", folder, "--device", device, "--dtype", "bfloat16"]
-    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True)
+    # On a GPU the largest shape takes a minute: one that hangs must not take the time of the next.
+    limit = None if DEVICE == "cpu" else 150
+    try:
+        done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        said = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr
+        sys.exit(f"the worker did not end within {limit} s: {said}")
     if done.returncode != 0:
         sys.exit(f"the worker ended with code {done.returncode}: {done.stderr}")
     for line in done.stderr.splitlines():
@@ -270,7 +276,7 @@ def main():
     for folder in arguments.trained:
         compared(folder, folder, lambda model: sampled_groups(model, 40, 60, 4))
     for shape in filter(None, arguments.shapes.split(",")):
-        folder = tempfile.mkdtemp(prefix=shape)
+        folder = tempfile.mkdtemp(prefix=f"grail-compare-{shape}-")
         try:
             random_checkpoint(shape, folder)
             compared(shape, folder, drawn(200, 400, 2, 1500))

@@ -16,7 +16,7 @@ fn main() {
             println!("cargo:rerun-if-changed={}", root.join("version.py").display());
             compile_shim(&root);
             println!("cargo:rustc-link-arg=-Wl,--disable-new-dtags");
-            println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN/../lib/grail-supervisor");
+            println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN/../lib/grail-supervisor/torch/lib");
             println!("cargo:rustc-link-arg=-Wl,-rpath,{}", root.join("lib").display());
         }
         Err(problem) => {

@@ -35,9 +35,6 @@ use crate::terminal::{is_reader_gone, note};
 use crate::verify::table;
 use grail_process::with_causes;
 
-/// Groups of a window in the embedded default, unless configured: what a demonstration needs, in a few seconds.
-pub const LOCAL_MAX_GROUPS: u32 = 24;
-
 /// Parses, runs, and says how it ended. Only `main` ends the process.
 #[must_use]
 pub fn run() -> ExitCode {
@@ -122,10 +119,6 @@ fn local_pins(args: &MineArgs, config: &Config) -> Result<Vec<SlotPin>, CommandE
 
 fn local_settings(args: &MineArgs, config: &Config, pins: Vec<SlotPin>) -> LocalSettings {
     let limits = &config.limits;
-    let max_groups = match limits.max_groups.origin {
-        Origin::Default => LOCAL_MAX_GROUPS,
-        _ => limits.max_groups.value,
-    };
     let generation = &config.generation;
     let size = |value: u32| usize::try_from(value).unwrap_or(usize::MAX);
     LocalSettings {
@@ -142,13 +135,14 @@ fn local_settings(args: &MineArgs, config: &Config, pins: Vec<SlotPin>) -> Local
         slot_limits: slot_limits(config),
         pins,
         open_groups: generation.groups_per_batch.value.map(size),
-        max_groups: size(max_groups),
+        max_groups: size(limits.max_groups.value),
         max_file_bytes: limits.max_file_bytes.value,
         safety_blocks: limits.safety_blocks.value,
         max_model_len: generation.max_model_len.value,
         max_concurrent: generation.max_concurrent.value.map(size),
         max_num_seqs: generation.max_num_seqs.value,
         server_timeout: generation.server_timeout.value,
+        upload_timeout: limits.upload_timeout.value,
         shutdown_limit: limits.shutdown_timeout.value,
         keep_windows: config.folders.keep_windows.value,
         keep_checkpoints: config.folders.keep_checkpoints,
@@ -183,11 +177,17 @@ fn slot_limits(config: &Config) -> SlotLimits {
 
 /// What children must see of the configuration, wherever it was set.
 fn child_variables(config: &Config) -> Vec<(&'static str, String)> {
-    let libtorch = config.proof.libtorch_dir.value.as_ref().map(|folder| folder.display().to_string());
-    [("GRAIL_LIBTORCH_DIR", libtorch), ("GRAIL_LOG", config.log.value.clone())]
-        .into_iter()
-        .filter_map(|(name, value)| Some((name, value?)))
-        .collect()
+    let proof = &config.proof;
+    let libtorch = proof.libtorch_dir.value.as_ref().map(|folder| folder.display().to_string());
+    [
+        ("GRAIL_LIBTORCH_DIR", libtorch),
+        ("GRAIL_RELOAD_SHADOW", Some(proof.reload_shadow.value.name())),
+        ("GRAIL_PROOF_KERNELS", Some(proof.kernels.value.name())),
+        ("GRAIL_LOG", config.log.value.clone()),
+    ]
+    .into_iter()
+    .filter_map(|(name, value)| Some((name, value?)))
+    .collect()
 }
 
 fn judge_settings(config: &Config) -> JudgeSettings {

@@ -151,6 +151,10 @@ enum GivenUp {
     Fleet(FleetError),
 }
 
+/// What is kept free for closing a window, in averages of what it took.
+const CLOSING_MARGIN: f64 = 1.5;
+/// Blocks beside that.
+const CLOSING_BLOCKS: f64 = 2.0;
 /// Drops in a row after which admission slows down to one group a block.
 const MANY_DROPS: usize = 16;
 /// How long the server may take to hear that requests are aborted; the upload does not wait for it.
@@ -168,12 +172,13 @@ impl Engine {
         stop: &StopSignals,
         fleet: impl Future<Output = Result<(), FleetError>>,
     ) -> Result<Outcome, EngineError> {
-        let head = self.chain.head().await?;
-        let mut running = self.begin(parts, head).await?;
-        if let Some(outcome) = self.already_uploaded(&running).await {
+        if let Some(outcome) = self.resume_sent(&parts).await? {
             return Ok(outcome);
         }
+        let head = self.chain.head().await?;
+        let mut running = self.begin(parts, head).await?;
         let filled = self.fill(&mut running, stop, fleet).await;
+        let closing = Instant::now();
         let given_up = running.given_up.take();
         if running.superseded.is_none() && !running.groups.is_empty() {
             running.superseded = self.last_look(&running.parts).await;
@@ -182,8 +187,12 @@ impl Engine {
             filled?;
             return self.set_aside(running, by);
         }
+        if running.next == GroupIndex(0) && running.groups.is_empty() {
+            // Not one group was admitted. If that was for their average time, no group would ever correct it.
+            self.gate.forget_groups();
+        }
         // Whatever ended the window, what is spooled goes out first.
-        let outcome = self.finish(running).await;
+        let outcome = self.finish(running, closing).await;
         // What ended it comes first: a disk that is full fails the spool before it fails the copy of the file.
         filled?;
         let outcome = outcome?;
@@ -197,8 +206,7 @@ impl Engine {
 
     /// Another checkpoint that the rule names now, as far as the upload leaves time to ask.
     async fn last_look(&self, parts: &WindowParts) -> Option<CheckpointWindow> {
-        let reserve = Duration::from_secs_f64(self.gate.upload_seconds().max(0.0));
-        let latest = self.clock.instant_of(parts.plan.deadline - reserve);
+        let latest = self.clock.instant_of(parts.plan.deadline - self.closing_time());
         match tokio::time::timeout_at(latest, parts.rule.look()).await {
             Ok(other) => other,
             Err(_) => {
@@ -210,17 +218,7 @@ impl Engine {
 
     async fn begin(&mut self, parts: Arc<WindowParts>, head: Head) -> Result<Running, EngineError> {
         let plan = &parts.plan;
-        let header = SpoolHeader {
-            window: plan.window,
-            window_hash: plan.window_hash.clone(),
-            hotkey: plan.hotkey.clone(),
-            checkpoint: plan.checkpoint,
-            weights: plan.weights,
-            randomness: plan.randomness.as_hex().to_owned(),
-            use_drand: plan.use_drand,
-            model_name: plan.model_name.clone(),
-            policy: plan.policy(),
-        };
+        let header = SpoolHeader::of(plan);
         let (spool, recovered) = self.open_spool(&header)?;
         if let Some((bytes, kept)) = recovered.torn {
             tracing::warn!(window = %plan.window, bytes, kept = %kept.display(), "A torn record was cut off the spool.");
@@ -260,16 +258,22 @@ impl Engine {
         })
     }
 
-    /// Opens the window's spool. One that was begun with another checkpoint or policy, before a late marker and a crash, is of no use.
+    /// Opens the window's spool. One that was begun with another checkpoint or policy, before a late marker and a crash, is of no use,
+    /// and neither is a file whose first bytes a loss of power took.
     fn open_spool(&self, header: &SpoolHeader) -> Result<(Spool, Recovered), SpoolError> {
         let path = spool::path_of(&self.spool_dir, header.window);
-        if let Ok((Some(found), groups)) = spool::read(&path)
-            && found.is_superseded_by(header)
-        {
-            let kept = spool::set_aside(&path)?;
-            tracing::warn!(window = %header.window, groups = groups.len(), made_with = %found.checkpoint,
-                demanded = %header.checkpoint, made_by = found.policy, policy = header.policy, kept = %kept.display(),
-                "The spool was begun with another checkpoint or policy than the rule names now; it is set aside.");
+        match spool::read(&path) {
+            Ok((Some(found), groups)) if found.is_superseded_by(header) => {
+                let kept = spool::set_aside(&path)?;
+                tracing::warn!(window = %header.window, groups = groups.len(), made_with = %found.checkpoint,
+                    demanded = %header.checkpoint, made_by = found.policy, policy = header.policy, kept = %kept.display(),
+                    "The spool was begun with another checkpoint or policy than the rule names now; it is set aside.");
+            }
+            Err(error @ SpoolError::NotASpool { .. }) => {
+                let kept = spool::set_aside(&path)?;
+                tracing::warn!(%error, kept = %kept.display(), "What lies in the spool's place is set aside.");
+            }
+            _ => {}
         }
         Spool::open(&self.spool_dir, header)
     }
@@ -285,26 +289,80 @@ impl Engine {
         Ok(Outcome::Superseded { by, groups })
     }
 
-    /// A crash may have come between the upload and its record. What is in the store already must not be put again: the later
-    /// object would be the one that counts.
-    async fn already_uploaded(&mut self, running: &Running) -> Option<Outcome> {
-        if running.groups.is_empty() {
-            return None;
-        }
-        let plan = &running.parts.plan;
+    /// A spool that is closed was about to be uploaded when a crash came, or was uploaded already: nothing is added to it, and what is
+    /// in the store is not put again.
+    async fn resume_sent(&mut self, parts: &Arc<WindowParts>) -> Result<Option<Outcome>, EngineError> {
+        let plan = &parts.plan;
+        let Some((found, groups)) = spool::read_sent(&self.spool_dir, &SpoolHeader::of(plan))? else {
+            return Ok(None);
+        };
         let (window, key) = (plan.window, store::window_key(&plan.hotkey, plan.window));
-        let content = self.store.get(&key).await.ok()?;
-        let stored = grail_protocol::window_file::read_bytes(content.clone()).ok()?;
-        let stored: HashSet<i64> = stored.rows.iter().filter_map(|row| row.rollout_group).collect();
-        if !running.groups.iter().all(|group| stored.contains(&group.group.0)) {
-            tracing::warn!(%window, %key, "The store holds a file of this window without all of its groups.");
-            return None;
+        tracing::info!(%window, groups = groups.len(), %key, "The window's file may be in the store already.");
+        let lost = |reason: &str, groups| Outcome::Lost { groups, reason: reason.to_owned() };
+        if found.is_superseded_by(&SpoolHeader::of(plan)) {
+            return Ok(if self.withdraw(parts).await? {
+                None
+            } else {
+                Some(
+                    self.note_lost(
+                        window,
+                        lost("what the store holds of it could not be withdrawn in time", groups.len()),
+                    ),
+                )
+            });
         }
-        let (groups, bytes) = (stored.len(), content.len());
+        let limit = self.clock.instant_of(plan.deadline);
+        let Ok(stored) = tokio::time::timeout_at(limit, self.store.stored(&key)).await else {
+            return Ok(Some(
+                self.note_lost(window, lost("the store did not answer before the deadline", groups.len())),
+            ));
+        };
+        let Some((content, at)) = stored else {
+            return self.send(parts, groups, None, Instant::now()).await.map(Some);
+        };
+        let ours: HashSet<i64> = groups.iter().map(|group| group.group.0).collect();
+        let of_file = |content| grail_protocol::window_file::read_bytes(content).ok();
+        let of_rows = of_file(content.clone())
+            .map(|file| file.rows.iter().filter_map(|row| row.rollout_group).collect::<HashSet<i64>>());
+        let Some(sent) = of_rows.filter(|sent| !sent.is_empty() && sent.is_subset(&ours)) else {
+            return Ok(Some(self.note_lost(window, lost("the store holds another file under its name", groups.len()))));
+        };
+        if at > plan.deadline {
+            return Ok(Some(self.note_lost(window, lost("it was stored after the deadline", sent.len()))));
+        }
+        let (groups, bytes) = (sent.len(), content.len());
         tracing::info!(%window, groups, bytes, %key, "The window is in the store already.");
-        self.journal.record(Event::WindowUploaded { window, key: key.to_string(), bytes });
-        let file = seal::keep_copy(&self.windows_dir, &running.parts, &content).unwrap_or_default();
-        Some(Outcome::Uploaded { groups, bytes, key: key.to_string(), file })
+        self.journal.record(Event::WindowUploaded { window, key: key.to_string(), bytes, took_ms: None });
+        let file = seal::keep_copy(&self.windows_dir, parts, &content).unwrap_or_default();
+        Ok(Some(Outcome::Uploaded { groups, bytes, key: key.to_string(), file }))
+    }
+
+    fn note_lost(&mut self, window: WindowStart, outcome: Outcome) -> Outcome {
+        if let Outcome::Lost { groups, reason } = &outcome {
+            tracing::error!(%window, groups, reason, "The window is lost.");
+            self.journal.record(Event::WindowLost { window, reason: reason.clone() });
+        }
+        outcome
+    }
+
+    /// Takes a window's file out of the store again, because the rule names another checkpoint for it: a file of the wrong one costs
+    /// many windows, none costs this one. Whether it is gone in time; then the window may begin anew.
+    ///
+    /// # Errors
+    /// If its spool cannot be set aside.
+    pub async fn withdraw(&mut self, parts: &WindowParts) -> Result<bool, EngineError> {
+        let plan = &parts.plan;
+        let (window, key) = (plan.window, store::window_key(&plan.hotkey, plan.window));
+        let limit = self.clock.instant_of(plan.deadline);
+        if tokio::time::timeout_at(limit, self.store.withdraw(&key)).await.is_err() {
+            return Ok(false);
+        }
+        // Only now: a crash in between must find what is in the store.
+        let kept = spool::set_aside(&spool::sent_path_of(&self.spool_dir, window))?;
+        tracing::warn!(%window, %key, kept = %kept.display(),
+            "The window's file was made with another checkpoint than the rule names now; it is taken out of the store.");
+        self.journal.record(Event::WindowWithdrawn { window, key: key.to_string() });
+        Ok(true)
     }
 
     /// Admits groups and spools them until time, the cap or `stop` ends the window.
@@ -381,10 +439,15 @@ impl Engine {
         Ok(head.block)
     }
 
-    /// Latest moment at which a group may still be waited for: what the upload may need lies behind it.
+    /// What a window needs from its last group to the confirmed file: half more than on average.
+    fn closing_time(&self) -> Duration {
+        Duration::from_secs_f64((CLOSING_MARGIN * self.gate.upload_seconds()).max(0.0))
+    }
+
+    /// Latest moment at which a group may still be waited for: the last look at the checkpoints and the upload lie behind it.
     fn straggler_deadline(&self, deadline: SystemTime) -> Instant {
-        let reserve = self.gate.upload_seconds() + self.gate.block_seconds();
-        self.clock.instant_of(deadline - Duration::from_secs_f64(reserve.max(0.0)))
+        let reserve = CLOSING_BLOCKS * self.gate.block_seconds();
+        self.clock.instant_of(deadline - self.closing_time() - Duration::from_secs_f64(reserve.max(0.0)))
     }
 
     fn may_admit(&self, running: &Running, block: BlockNumber) -> bool {
@@ -467,12 +530,23 @@ impl Engine {
         Ok(())
     }
 
-    /// Seals what is spooled and brings it to the store.
-    async fn finish(&mut self, running: Running) -> Result<Outcome, EngineError> {
-        let Running { parts, groups, dropped, .. } = running;
+    /// Seals what is spooled and brings it to the store; `closing` is when the last group was taken.
+    async fn finish(&mut self, running: Running, closing: Instant) -> Result<Outcome, EngineError> {
+        let Running { parts, spool, groups, dropped, .. } = running;
         if groups.is_empty() {
             return Ok(Outcome::Empty { dropped });
         }
+        self.send(&parts, groups, Some(spool), closing).await
+    }
+
+    /// Seals groups, closes their spool if it is open, and uploads.
+    async fn send(
+        &mut self,
+        parts: &Arc<WindowParts>,
+        groups: Vec<SpooledGroup>,
+        spool: Option<Spool>,
+        closing: Instant,
+    ) -> Result<Outcome, EngineError> {
         let window = parts.plan.window;
         let sealed = {
             let parts = parts.clone();
@@ -488,9 +562,16 @@ impl Engine {
             sha256,
         });
         // A disk that is full must not keep the window from the store.
-        let kept = seal::keep_copy(&self.windows_dir, &parts, &content);
+        let kept = {
+            let (parts, folder, content) = (parts.clone(), self.windows_dir.clone(), content.clone());
+            parts.offload.run(move || seal::keep_copy(&folder, &parts, &content)).await?
+        };
         let file = kept.as_ref().ok().cloned().unwrap_or_default();
-        let outcome = self.upload(&parts, content, (groups, file)).await;
+        if let Some(Err(error)) = spool.map(Spool::close) {
+            // A crash from here on may put other groups behind the same name; the store refuses to replace a file.
+            tracing::error!(%window, error = with_causes(&error), "The spool could not be closed before the upload.");
+        }
+        let outcome = self.upload(parts, content, (groups, file), closing).await;
         kept?;
         Ok(outcome)
     }
@@ -500,24 +581,26 @@ impl Engine {
         parts: &WindowParts,
         content: Bytes,
         (groups, file): (usize, std::path::PathBuf),
+        closing: Instant,
     ) -> Outcome {
         let (window, bytes) = (parts.plan.window, content.len());
         let key = store::window_key(&parts.plan.hotkey, window);
-        let began = Instant::now();
         let deadline = (parts.plan.deadline, self.clock.instant_of(parts.plan.deadline));
         let stored: Result<(), UploadError> = self.store.put_confirmed(&key, content, deadline).await;
         match stored {
             Ok(()) => {
-                self.gate.record_upload(began.elapsed());
-                self.journal.record(Event::WindowUploaded { window, key: key.to_string(), bytes });
-                tracing::info!(%window, groups, bytes, %key, upload_ms = began.elapsed().as_millis(), "Window uploaded.");
+                let took = closing.elapsed();
+                self.gate.record_upload(took);
+                let took_ms = u64::try_from(took.as_millis()).ok();
+                self.journal.record(Event::WindowUploaded { window, key: key.to_string(), bytes, took_ms });
+                tracing::info!(%window, groups, bytes, %key, took_ms, "Window uploaded.");
                 Outcome::Uploaded { groups, bytes, key: key.to_string(), file }
             }
             Err(error) => {
-                let reason = with_causes(&error);
-                tracing::error!(%window, groups, reason, "The window is lost.");
-                self.journal.record(Event::WindowLost { window, reason: reason.clone() });
-                Outcome::Lost { groups, reason }
+                if error.is_for_want_of_time() {
+                    self.gate.upload_was_late();
+                }
+                self.note_lost(window, Outcome::Lost { groups, reason: with_causes(&error) })
             }
         }
     }

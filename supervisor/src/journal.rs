@@ -110,6 +110,14 @@ pub enum Event {
         window: WindowStart,
         key: String,
         bytes: usize,
+        /// From the last group to the confirmed file; unset if a crash lay between.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        took_ms: Option<u64>,
+    },
+    /// Its file was taken out of the store again: another checkpoint turned out to be the window's.
+    WindowWithdrawn {
+        window: WindowStart,
+        key: String,
     },
     WindowLost {
         window: WindowStart,
@@ -174,14 +182,16 @@ impl Journal {
         }
         let written = serde_json::to_vec(&line).map_err(io::Error::from).and_then(|mut text| {
             text.push(b'\n');
-            if self.torn {
+            // Children's events are written through a file of their own: its half line must not swallow an upload.
+            let is_upload = matches!(line.event, Event::WindowUploaded { .. });
+            if self.torn || is_upload && ends_inside_a_line(&mut self.file)? {
                 text.insert(0, b'\n');
             }
             self.torn = true;
             self.file.write_all(&text)?;
             self.torn = false;
             // A confirmed upload must be known after a power loss: the window must not be put again.
-            if matches!(line.event, Event::WindowUploaded { .. }) { self.file.sync_data() } else { Ok(()) }
+            if is_upload { self.file.sync_data() } else { Ok(()) }
         });
         // The journal informs; the spool is the truth. A full disk must not stop the window over it.
         if let Err(error) = written {
@@ -215,11 +225,17 @@ pub fn uploads(state_dir: &Path) -> io::Result<BTreeMap<WindowStart, LastUpload>
     let mut text = Vec::new();
     while reader.read_until(b'\n', &mut text)? > 0 {
         // Most lines are of groups; they are not worth parsing here.
-        if contains(&text, b"window_uploaded")
+        if (contains(&text, b"window_uploaded") || contains(&text, b"window_withdrawn"))
             && let Ok(line) = serde_json::from_slice::<Line>(&text)
-            && let Event::WindowUploaded { window, bytes, .. } = line.event
         {
-            uploads.insert(window, LastUpload { window: window.block().0, bytes, unix_ms: line.unix_ms });
+            match line.event {
+                Event::WindowUploaded { window, bytes, took_ms, .. } => {
+                    let window_start = window.block().0;
+                    uploads.insert(window, LastUpload { window: window_start, bytes, unix_ms: line.unix_ms, took_ms });
+                }
+                Event::WindowWithdrawn { window, .. } => drop(uploads.remove(&window)),
+                _ => {}
+            }
         }
         text.clear();
     }
@@ -254,10 +270,14 @@ mod tests {
         let progress = Arc::new(Progress::default());
         let mut journal = Journal::open(state.path(), Clock::system()).unwrap().followed_by(progress.clone());
         let window = |block| WindowStart::try_from(block).unwrap();
-        journal.record(Event::WindowUploaded { window: window(3_000), key: "k".into(), bytes: 7 });
+        journal.record(Event::WindowUploaded { window: window(3_000), key: "k".into(), bytes: 7, took_ms: Some(9) });
+        journal.record(Event::WindowUploaded { window: window(3_060), key: "k".into(), bytes: 8, took_ms: None });
+        journal.record(Event::WindowWithdrawn { window: window(3_060), key: "k".into() });
         journal.record(Event::WindowLost { window: window(3_030), reason: "window_uploaded".into() });
         journal.file.write_all(b"{\"unix_ms\": 1, \"window_uploaded").unwrap();
         let found = uploads(state.path()).unwrap();
-        assert_eq!(found.into_values().collect::<Vec<_>>(), [progress.last_upload().unwrap()]);
+        let last = LastUpload { window: 3_000, bytes: 7, unix_ms: found[&window(3_000)].unix_ms, took_ms: Some(9) };
+        assert_eq!(found.into_values().collect::<Vec<_>>(), [last.clone()], "the other one was withdrawn");
+        assert_eq!(progress.last_upload().unwrap().window, 3_060);
     }
 }

@@ -20,10 +20,13 @@ use crate::spool;
 
 /// Folders of a state directory whose files belong to one window each, and how those files end.
 const WINDOW_FILES: [(&str, &[&str]); 3] = [
-    ("spool", &[".spool", ".torn", ".aside"]),
+    ("spool", &[".spool", ".sent", ".torn", ".aside"]),
     ("windows", &[".parquet", ".parquet.context.json"]),
     ("randomness", &[".json"]),
 ];
+
+/// How spools end, open and closed.
+const SPOOLS: [&str; 2] = [".spool", ".sent"];
 
 /// Folder of jobs that killed workers, kept for inspection.
 pub const POISONOUS: &str = "poisonous";
@@ -88,7 +91,7 @@ pub fn report(root: &Path, current: WindowStart) -> io::Result<()> {
 fn spools(root: &Path, current: WindowStart, uploads: &BTreeMap<WindowStart, LastUpload>) -> io::Result<Vec<Leftover>> {
     let mut found = Vec::new();
     for path in files(&root.join("spool"))? {
-        if let Some(window) = window_of(&path, &[".spool"])
+        if let Some(window) = window_of(&path, &SPOOLS)
             && window < current
         {
             let groups = spool::count_groups(&path)?;
@@ -110,7 +113,7 @@ pub fn clean(root: &Path, moment: &Moment) -> io::Result<Removed> {
         for path in files(&root.join(folder))? {
             let Some(window) = window_of(&path, endings) else { continue };
             if moment.window_age(window).min(moment.file_age(&path)) >= moment.keep && remove(&path, &mut removed) {
-                let is_spool = path.extension().is_some_and(|extension| extension == "spool");
+                let is_spool = window_of(&path, &SPOOLS).is_some();
                 if is_spool && !uploads.contains_key(&window) {
                     removed.lost.insert(window);
                 }
@@ -315,7 +318,7 @@ mod tests {
         state.file("poisonous/group-1.bin", 31 * DAY);
         state.file("poisonous/group-2.bin", old);
         let mut journal = Journal::open(state.root(), crate::clock::Clock::system()).unwrap();
-        journal.record(Event::WindowUploaded { window: window(3_000), key: "k".into(), bytes: 1 });
+        journal.record(Event::WindowUploaded { window: window(3_000), key: "k".into(), bytes: 1, took_ms: None });
 
         let removed = clean(state.root(), &moment(63_000)).unwrap();
         assert_eq!((removed.files, removed.lost), (7, BTreeSet::from([window(3_030)])));
@@ -340,7 +343,8 @@ mod tests {
         for name in ["spool/window-3030.spool", "spool/window-3000.spool", "spool/window-3060.spool"] {
             state.file(name, DAY);
         }
-        let uploads = BTreeMap::from([(window(3_000), LastUpload { window: 3_000, bytes: 1, unix_ms: 1 })]);
+        let uploads =
+            BTreeMap::from([(window(3_000), LastUpload { window: 3_000, bytes: 1, unix_ms: 1, took_ms: None })]);
         let found = spools(state.root(), window(3_060), &uploads).unwrap();
         let found: Vec<_> = found.iter().map(|leftover| (leftover.window.block().0, leftover.uploaded)).collect();
         assert_eq!(found, [(3_000, true), (3_030, false)]);

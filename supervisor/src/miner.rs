@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use grail_environments::{Environment, EnvironmentId, Split, ThinkingMode};
 use grail_protocol::constants::DEADLINE_SLACK_SECONDS;
-use grail_protocol::ids::WindowStart;
+use grail_protocol::ids::{CheckpointWindow, WindowStart};
 use grail_protocol::keys::Keypair;
 
 use crate::beacon::Beacon;
@@ -107,6 +107,14 @@ impl Unmined {
     }
 }
 
+/// A window whose file is in the store and that is not over.
+#[derive(Debug)]
+struct Sent {
+    parts: Arc<WindowParts>,
+    /// The last window that was done before it.
+    before: Option<WindowStart>,
+}
+
 /// Everything that mines.
 #[derive(Debug)]
 pub struct Miner {
@@ -135,8 +143,23 @@ impl Miner {
             () = stop.stopping() => {}
         }
         let mut unmined = Unmined::default();
+        let mut sent: Option<Sent> = None;
         while windows.is_none_or(|windows| summary.uploaded.len() < windows) {
-            let Some(head) = self.next_window(done, &stop).await? else { break };
+            let next = tokio::select! {
+                next = self.next_window(done, &stop) => next?,
+                by = late_answer(sent.as_ref()) => {
+                    if let Some(Sent { parts, before }) = sent.take()
+                        && self.engine.withdraw(&parts).await?
+                    {
+                        done = before;
+                        summary.uploaded.pop();
+                        unmined.note(parts.plan.window, over_before_anew(by));
+                    }
+                    continue;
+                }
+            };
+            sent = None;
+            let Some(head) = next else { break };
             let window = WindowStart::containing(head.block);
             self.give_up(unmined.over(window), &mut summary);
             let has_checkpoint = AtomicBool::new(false);
@@ -172,7 +195,7 @@ impl Miner {
             let before = done.replace(window);
             self.checkpoints.activate(checkpoint.installed.window).await;
             let fleet = self.fleet.roll(&checkpoint);
-            let outcome = match self.engine.run_window(parts, &stop, fleet).await {
+            let outcome = match self.engine.run_window(parts.clone(), &stop, fleet).await {
                 Err(EngineError::Spool(error @ SpoolError::OtherWindow { .. })) => {
                     self.skip(window, with_causes(&error));
                     summary.skipped += 1;
@@ -181,7 +204,10 @@ impl Miner {
                 outcome => outcome?,
             };
             match outcome {
-                Outcome::Uploaded { groups, file, .. } => summary.uploaded.push((window, groups, file)),
+                Outcome::Uploaded { groups, file, .. } => {
+                    summary.uploaded.push((window, groups, file));
+                    sent = Some(Sent { parts, before });
+                }
                 Outcome::Empty { dropped } => {
                     self.skip(window, format!("no group was ready in time, {dropped} were dropped"));
                     summary.skipped += 1;
@@ -190,7 +216,7 @@ impl Miner {
                 // The same window once more, with the checkpoint that is its own.
                 Outcome::Superseded { by, .. } => {
                     done = before;
-                    unmined.note(window, format!("it was over before it could begin anew with checkpoint {by}"));
+                    unmined.note(window, over_before_anew(by));
                 }
             }
             self.checkpoints.let_go();
@@ -231,8 +257,9 @@ impl Miner {
     }
 
     fn has_spooled(&self, window: WindowStart) -> bool {
-        let read = spool::read(&spool::path_of(&self.engine.spool_dir, window));
-        read.is_ok_and(|(_, groups)| !groups.is_empty())
+        let folder = &self.engine.spool_dir;
+        let read = spool::read(&spool::path_of(folder, window));
+        read.is_ok_and(|(_, groups)| !groups.is_empty()) || spool::sent_path_of(folder, window).exists()
     }
 
     /// A window whose file is in the store must not be put again: the later object would be the one that counts.
@@ -368,6 +395,18 @@ impl Miner {
     fn skip(&mut self, window: WindowStart, reason: String) {
         tracing::warn!(%window, reason, "Window skipped.");
         self.engine.journal.record(Event::WindowSkipped { window, reason });
+    }
+}
+
+fn over_before_anew(by: CheckpointWindow) -> String {
+    format!("it was over before it could begin anew with checkpoint {by}")
+}
+
+/// The checkpoint that turns out to be that of a window whose file is in the store already, if that ever happens.
+async fn late_answer(sent: Option<&Sent>) -> CheckpointWindow {
+    match sent {
+        Some(sent) => sent.parts.rule.other().await,
+        None => std::future::pending().await,
     }
 }
 

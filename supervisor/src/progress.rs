@@ -49,6 +49,9 @@ pub struct LastUpload {
     pub window: u64,
     pub bytes: usize,
     pub unix_ms: u64,
+    /// From the last group to the confirmed file; unset if that is not known.
+    #[serde(default)]
+    pub took_ms: Option<u64>,
 }
 
 /// Counters of the running window.
@@ -128,8 +131,9 @@ impl Progress {
         let phase = match event {
             Event::WindowStarted { .. } => Phase::Mining,
             Event::WindowSealed { .. } => Phase::Uploading,
-            Event::WindowUploaded { window, bytes, .. } => {
-                self.remember_upload(LastUpload { window: window.block().0, bytes: *bytes, unix_ms });
+            Event::WindowUploaded { window, bytes, took_ms, .. } => {
+                let (window, bytes, took_ms) = (window.block().0, *bytes, *took_ms);
+                self.remember_upload(LastUpload { window, bytes, unix_ms, took_ms });
                 Phase::Waiting
             }
             Event::WindowLost { .. } | Event::WindowSkipped { .. } | Event::CheckpointActive { .. } => Phase::Waiting,
@@ -288,10 +292,10 @@ mod tests {
         let sealed = Event::WindowSealed { window, groups: 1, rollouts: 16, bytes: 9, sha256: String::new() };
         progress.note(&sealed, 1);
         assert_eq!(progress.phase(), Phase::Uploading);
-        progress.note(&Event::WindowUploaded { window, key: "k".into(), bytes: 9 }, 2);
+        progress.note(&Event::WindowUploaded { window, key: "k".into(), bytes: 9, took_ms: Some(7) }, 2);
         progress.note(&Event::ServerLost { cause: "c".into() }, 3);
         assert_eq!(progress.phase(), Phase::Waiting);
-        assert_eq!(progress.last_upload(), Some(LastUpload { window: 3_000, bytes: 9, unix_ms: 2 }));
+        assert_eq!(progress.last_upload(), Some(LastUpload { window: 3_000, bytes: 9, unix_ms: 2, took_ms: Some(7) }));
         for phase in Phase::ALL {
             progress.enter_phase(phase);
             assert_eq!(progress.phase(), phase);

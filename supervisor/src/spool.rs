@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::durable;
+use crate::plan::WindowPlan;
 
 const MAGIC: &[u8; 8] = b"GRAILSP1";
 const CHECKSUM_BYTES: usize = 8;
@@ -57,6 +58,22 @@ pub struct SpoolHeader {
 }
 
 impl SpoolHeader {
+    /// The facts of a window's plan.
+    #[must_use]
+    pub fn of(plan: &WindowPlan) -> Self {
+        Self {
+            window: plan.window,
+            window_hash: plan.window_hash.clone(),
+            hotkey: plan.hotkey.clone(),
+            checkpoint: plan.checkpoint,
+            weights: plan.weights,
+            randomness: plan.randomness.as_hex().to_owned(),
+            use_drand: plan.use_drand,
+            model_name: plan.model_name.clone(),
+            policy: plan.policy(),
+        }
+    }
+
     /// Whether both are of one window and hotkey, but groups of one must not be in a file with groups of the other.
     pub fn is_superseded_by(&self, other: &Self) -> bool {
         let is_same_window = (&self.window_hash, &self.hotkey) == (&other.window_hash, &other.hotkey);
@@ -177,6 +194,19 @@ impl Spool {
         &self.path
     }
 
+    /// Closes the spool before its window's file is put, by a rename, which needs no space on a disk: a spool under its own name was
+    /// never put, and nothing is added to one that is closed. Returns where it lies then.
+    ///
+    /// # Errors
+    /// If it cannot be renamed.
+    pub fn close(self) -> Result<PathBuf, SpoolError> {
+        let closed = self.path.with_extension("sent");
+        let io = |source| SpoolError::Io { action: "close", path: self.path.clone(), source };
+        std::fs::rename(&self.path, &closed).map_err(io)?;
+        durable::sync_folder(closed.parent().unwrap_or(&closed)).map_err(io)?;
+        Ok(closed)
+    }
+
     fn write_start(&mut self, header: &SpoolHeader) -> Result<(), SpoolError> {
         self.write_synced(MAGIC)?;
         self.append_record(header)
@@ -250,6 +280,25 @@ pub fn read(path: &Path) -> Result<(Option<SpoolHeader>, Vec<SpooledGroup>), Spo
     Ok((parsed.header, parsed.groups))
 }
 
+/// What a closed spool holds; `None` if there is none.
+///
+/// # Errors
+/// If it cannot be read, is no spool, or was begun with other facts than `header`, apart from those that
+/// [`SpoolHeader::is_superseded_by`] compares.
+pub fn read_sent(folder: &Path, header: &SpoolHeader) -> Result<Option<(SpoolHeader, Vec<SpooledGroup>)>, SpoolError> {
+    let path = sent_path_of(folder, header.window);
+    if !path.try_exists().unwrap_or(true) {
+        return Ok(None);
+    }
+    let (found, groups) = read(&path)?;
+    // Whoever closed it had a group in it.
+    let found = found.ok_or_else(|| not_a_spool(&path))?;
+    if !found.is_superseded_by(header) {
+        check_same(&path, &found, header)?;
+    }
+    Ok(Some((found, groups)))
+}
+
 /// How many groups a spool holds, by the lengths of its records alone: cheap, and unaware of damage.
 ///
 /// # Errors
@@ -279,6 +328,12 @@ pub fn count_groups(path: &Path) -> io::Result<usize> {
 #[must_use]
 pub fn path_of(folder: &Path, window: WindowStart) -> PathBuf {
     folder.join(format!("window-{window}.spool"))
+}
+
+/// File of a window's spool that is closed: see [`Spool::close`].
+#[must_use]
+pub fn sent_path_of(folder: &Path, window: WindowStart) -> PathBuf {
+    path_of(folder, window).with_extension("sent")
 }
 
 /// Gives a spool a name under which nobody takes it for the window's, and returns it: its groups were made with a checkpoint

@@ -145,10 +145,14 @@ fn take_lock(path: &Path) -> Result<Flock<File>, StateError> {
         }
         errno => StateError::io("lock", path, errno.into()),
     })?;
-    lock.set_len(0)
+    let named = lock
+        .set_len(0)
         .and_then(|()| lock.seek(SeekFrom::Start(0)))
-        .and_then(|_| lock.write_all(holder_line().as_bytes()))
-        .map_err(io("write"))?;
+        .and_then(|_| lock.write_all(holder_line().as_bytes()));
+    if let Err(error) = named {
+        // The lock is held all the same; a full disk must not keep what is spooled from its upload.
+        tracing::warn!(%error, path = %path.display(), "The lock does not say who holds it.");
+    }
     Ok(lock)
 }
 

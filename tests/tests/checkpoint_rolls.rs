@@ -48,6 +48,26 @@ fn a_late_marker_begins_the_window_anew() {
 }
 
 #[test]
+fn a_file_that_is_in_the_store_when_a_late_marker_appears_is_taken_back_and_mined_anew() {
+    let world = World::in_a_window();
+    let trainer = Trainer::of(&world);
+    trainer.first();
+    let run = world.mine(&["--no-trainer", "--max-groups", "2"]);
+    wait_until("the window is in the store", || world.count("window_uploaded") == 1);
+    trainer.full(CheckpointWindow(BEFORE), &trainer.demo.second, BEFORE);
+    wait_until("its file is taken back", || world.count("window_withdrawn") == 1);
+    wait_until("the window is in the store once more", || world.count("window_uploaded") == 2);
+    assert_eq!(world.ask_json(&["stop"])["gone"], true);
+    finish(&world, run);
+    let uploads = world.of_kind("window_uploaded");
+    assert!(uploads.iter().all(|upload| upload["key"] == uploads[0]["key"]), "{uploads:#?}");
+    let held = uploaded_with(&world).pop();
+    assert_eq!(held, Some(BTreeSet::from([BEFORE])), "no rollout of the other checkpoint is in the file");
+    assert!(world.state.join("spool/window-3000.aside").is_file(), "what was made before is kept for inspection");
+    assert!(world.state.join("spool/window-3000.sent").is_file());
+}
+
+#[test]
 fn a_damaged_delta_skips_the_window_until_there_is_another_way() {
     let world = World::with_short_windows();
     let trainer = Trainer::of(&world);

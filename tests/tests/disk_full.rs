@@ -49,7 +49,7 @@ fn the_window_is_uploaded_although_the_state_directory_is_full() {
     let error = ended.stderr.lines().filter(|line| line.starts_with("grail-supervisor: error")).collect::<String>();
     assert!(error.contains(small.to_str().unwrap()) && error.contains("free space"), "{error}");
 
-    let spool = grail_supervisor::spool::read(&state.join("spool").join("window-3000.spool")).unwrap();
+    let spool = grail_supervisor::spool::read(&state.join("spool").join("window-3000.sent")).unwrap();
     let signed: BTreeSet<i64> = spool.1.iter().map(|group| group.group.0).collect();
     assert!(signed.len() >= 2 && signed.len() >= spooled(), "{signed:?}");
     let content = uploaded(&store).expect("the window is in the bucket");

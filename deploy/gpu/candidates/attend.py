@@ -11,6 +11,7 @@ import argparse
 import concurrent.futures
 import ctypes
 import heapq
+import itertools
 import json
 import os
 import statistics
@@ -58,34 +59,35 @@ class Shape:
         return f"attend-{self.heads}-{self.kv_heads}-{self.variant}.cubin"
 
 
-def compile_all(folder):
+def compile_one(folder, shape):
+    """In a process of its own, in which no other program is compiled: NVRTC may take them one at a time."""
     sys.path.insert(0, os.path.join(os.getcwd(), "deploy/gpu"))
     from own_kernels import Compiler, resources
 
     compiler = Compiler()
     with open(os.path.join(HERE, "attend.cu"), "rb") as file:
         source = file.read()
+    options = ["--gpu-architecture=sm_90a", *(f"-D{macro}" for macro in shape.macros), "--ptxas-options=-v"]
+    program = ctypes.c_void_p()
+    assert compiler.library.nvrtcCreateProgram(ctypes.byref(program), source, b"attend.cu", 0, None, None) == 0
+    words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    code = compiler.library.nvrtcCompileProgram(program, len(options), words)
+    log = compiler.text(program, "ProgramLog").rstrip(b"\0").decode()
+    if code != 0:
+        return f"{shape.file}: FAILED: {log}"
+    image = compiler.text(program, "CUBIN")
+    compiler.library.nvrtcDestroyProgram(ctypes.byref(program))
+    with open(os.path.join(folder, shape.file), "wb") as file:
+        file.write(image)
+    found = resources(log).get("attend", {})
+    bad = [line for line in log.splitlines() if "C75" in line or "warning" in line]
+    return f"{shape.file}: {found}{' BAD: ' + '; '.join(bad) if bad else ''}"
 
-    def one(shape):
-        options = ["--gpu-architecture=sm_90a", *(f"-D{macro}" for macro in shape.macros), "--ptxas-options=-v"]
-        program = ctypes.c_void_p()
-        assert compiler.library.nvrtcCreateProgram(ctypes.byref(program), source, b"attend.cu", 0, None, None) == 0
-        words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        code = compiler.library.nvrtcCompileProgram(program, len(options), words)
-        log = compiler.text(program, "ProgramLog").rstrip(b"\0").decode()
-        if code != 0:
-            return f"{shape.file}: FAILED: {log}"
-        image = compiler.text(program, "CUBIN")
-        compiler.library.nvrtcDestroyProgram(ctypes.byref(program))
-        with open(os.path.join(folder, shape.file), "wb") as file:
-            file.write(image)
-        found = resources(log).get("attend", {})
-        bad = [line for line in log.splitlines() if "C75" in line or "warning" in line]
-        return f"{shape.file}: {found}{' BAD: ' + '; '.join(bad) if bad else ''}"
 
+def compile_all(folder):
     shapes = [Shape(*heads, variant) for heads in HEADS for variant in VARIANTS if heads != (32, 8) or variant == "default"]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for line in pool.map(one, shapes):
+    with concurrent.futures.ProcessPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for line in pool.map(compile_one, itertools.repeat(folder), shapes):
             print("compiled", line, flush=True)
 
 

@@ -97,6 +97,13 @@ at::Tensor *grail_upload(const int32_t *values, int64_t count, int device, char 
     });
 }
 
+// Page-locked memory of the host; freed, it is kept for the next who asks.
+at::Tensor *grail_pinned(int64_t bytes, char *error, size_t error_size) {
+    return guarded<at::Tensor *>(Text{error, error_size}, nullptr, [&] {
+        return new at::Tensor(at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true)));
+    });
+}
+
 // The CUDA stream that libtorch's operations go to on this thread; the default stream is null, so success is the result.
 int grail_current_stream(int device, void **stream, char *error, size_t error_size) {
     return guarded(Text{error, error_size}, -1, [&] {

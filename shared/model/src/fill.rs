@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use crate::cuda::on_loading_stream;
+use crate::cuda::{self, on_loading_stream};
 use crate::device::host_threads;
 use crate::ffi;
 
@@ -61,6 +61,18 @@ pub(crate) fn fill(fills: Vec<Fill<'_>>) -> Result<(), TchError> {
     })
 }
 
+/// Memory that `device` reads from: page-locked for a GPU, as far as there is some.
+fn buffer_for(device: Device, bytes: usize) -> Result<Tensor, TchError> {
+    let pageable = || Tensor::f_empty([bytes as i64], (Kind::Uint8, Device::Cpu));
+    if device == Device::Cpu {
+        return pageable();
+    }
+    cuda::pinned(bytes).or_else(|error| {
+        tracing::warn!(%error, "No page-locked memory; reading weights is slower.");
+        pageable()
+    })
+}
+
 fn take_steps<'b>(
     steps: &Mutex<impl Iterator<Item = Fill<'b>>>,
     device: Device,
@@ -68,11 +80,7 @@ fn take_steps<'b>(
 ) -> Result<(), TchError> {
     // Of this thread, like all such guards.
     let _guard = tch::no_grad_guard();
-    let mut buffer = Tensor::f_empty([buffer_bytes as i64], (Kind::Uint8, Device::Cpu))?;
-    if device != Device::Cpu {
-        // Without page-locked memory it is slower and right.
-        buffer = buffer.f_pin_memory(device).unwrap_or(buffer);
-    }
+    let mut buffer = buffer_for(device, buffer_bytes)?;
     loop {
         let step = steps.lock().unwrap_or_else(PoisonError::into_inner).next();
         let Some(Fill { mut to, bytes, kind }) = step else { return Ok(()) };

@@ -13,6 +13,9 @@ const UNMEASURED_GROUP_BLOCKS: f64 = 6.0;
 /// Blocks that an upload is taken to need before the first one was measured.
 const UNMEASURED_UPLOAD_BLOCKS: f64 = 1.0;
 
+/// Blocks that an upload is given at most because earlier ones were late.
+const MOST_LATE_UPLOAD_BLOCKS: f64 = 10.0;
+
 /// Exponential moving average; the first sample starts it unless a value was given.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct MovingAverage(Option<f64>);
@@ -78,6 +81,19 @@ impl TimeGate {
     /// Notes the time that one upload took.
     pub fn record_upload(&mut self, took: Duration) {
         self.upload_seconds.add(took.as_secs_f64());
+    }
+
+    /// Notes that an upload was late: the next one is given twice the time, up to ten blocks. A failure takes as long as it is let, so
+    /// its own time says nothing.
+    pub fn upload_was_late(&mut self) {
+        let before = self.upload_seconds();
+        let most = MOST_LATE_UPLOAD_BLOCKS * self.block_seconds;
+        self.upload_seconds = MovingAverage(Some((2.0 * before).min(most).max(before)));
+    }
+
+    /// Forgets what groups took: an average that admits none would never be corrected.
+    pub fn forget_groups(&mut self) {
+        self.group_seconds = MovingAverage::default();
     }
 
     /// Average seconds of an upload; one block before the first was measured.
@@ -153,6 +169,30 @@ mod tests {
         gate.record_group(seconds(36_000));
         gate.record_group(Duration::ZERO);
         assert_eq!(gate.needed_blocks(), 24, "0.8 · 360 / 12");
+    }
+
+    #[test]
+    fn late_uploads_double_what_the_next_is_given_and_stay_within_a_window() {
+        let mut gate = TimeGate::new(0);
+        let mut given = vec![gate.upload_seconds()];
+        for _ in 0..5 {
+            gate.upload_was_late();
+            given.push(gate.upload_seconds());
+        }
+        assert_eq!(given, [12.0, 24.0, 48.0, 96.0, 120.0, 120.0]);
+        gate.record_upload(seconds(300));
+        let before = gate.upload_seconds();
+        gate.upload_was_late();
+        assert_eq!(gate.upload_seconds(), before, "never less than was measured");
+    }
+
+    #[test]
+    fn an_average_that_admits_nothing_can_be_forgotten() {
+        let mut gate = TimeGate::default();
+        gate.record_group(seconds(360));
+        assert!(!gate.admits(window(), BlockNumber(WINDOW + 1)));
+        gate.forget_groups();
+        assert!(gate.admits(window(), BlockNumber(WINDOW + 1)));
     }
 
     #[test]

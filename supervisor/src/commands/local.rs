@@ -67,6 +67,8 @@ pub struct LocalSettings {
     pub max_concurrent: Option<usize>,
     pub max_num_seqs: Option<u32>,
     pub server_timeout: Duration,
+    /// Longest attempt to upload a window file.
+    pub upload_timeout: Duration,
     /// How long the groups under way may take once it is told to stop.
     pub shutdown_limit: Duration,
     /// How long the files of a window that is over are kept.
@@ -129,7 +131,11 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
     let progress = Arc::new(Progress::default());
     let in_state = |action| move |source| StateError::io(action, &settings.state_dir, source);
     let uploads = crate::journal::uploads(state.root()).map_err(in_state("read the journal in"))?;
+    let mut gate = TimeGate::new(settings.safety_blocks).with_block_time(chain.nominal_block_time());
     if let Some(upload) = uploads.into_values().next_back() {
+        if let Some(took_ms) = upload.took_ms {
+            gate.record_upload(Duration::from_millis(took_ms));
+        }
         progress.remember_upload(upload);
     }
     let journal = Journal::open(state.root(), clock.clone()).map_err(in_state("open the journal in"))?;
@@ -142,11 +148,11 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
     let started = Instant::now();
     let engine = Engine {
         chain: chain.clone(),
-        store: WindowStore::new(objects),
+        store: WindowStore::new(objects, settings.upload_timeout),
         spool_dir: state.spool(),
         windows_dir: state.windows(),
         limits: limits(settings),
-        gate: TimeGate::new(settings.safety_blocks).with_block_time(chain.nominal_block_time()),
+        gate,
         journal,
         clock,
         started,
@@ -187,7 +193,8 @@ pub fn open_store(path: &Path) -> Result<Arc<dyn ObjectStore>, CommandError> {
     let failed = |source| CommandError::Store { path: path.to_owned(), source };
     std::fs::create_dir_all(path)
         .map_err(|error| failed(object_store::Error::Generic { store: "local", source: error.into() }))?;
-    Ok(Arc::new(LocalFileSystem::new_with_prefix(path).map_err(failed)?))
+    // What the journal says is there must be there after a loss of power.
+    Ok(Arc::new(LocalFileSystem::new_with_prefix(path).map_err(failed)?.with_fsync(true)))
 }
 
 fn limits(settings: &LocalSettings) -> Limits {

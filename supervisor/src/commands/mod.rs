@@ -7,7 +7,7 @@ pub mod local;
 pub mod mine;
 pub mod verify;
 
-use grail_environments::datasets::DatasetError;
+use grail_environments::datasets::{DatasetError, HubAnswer};
 use grail_environments::pool::PoolError;
 use grail_process::ExitCode;
 
@@ -183,14 +183,10 @@ fn of_checkpoint(error: &CheckpointError) -> ExitCode {
     match error {
         CheckpointError::Choose(grail_checkpoint::ChooseError::NoneReady { .. }) => ExitCode::MissingInput,
         CheckpointError::Choose(_) | CheckpointError::Metadata { .. } => ExitCode::Unavailable,
-        CheckpointError::Install { source, .. } if is_storage_full(&**source) => ExitCode::CannotWrite,
+        CheckpointError::Install { source, .. } => checkpoint::of_failure(source.class()),
         CheckpointError::Files { source: FilesError::Task(_), .. } => ExitCode::Bug,
         _ => ExitCode::BadData,
     }
-}
-
-fn is_storage_full(error: &(dyn std::error::Error + 'static)) -> bool {
-    grail_checkpoint::store::is_storage_full(error)
 }
 
 fn of_verify(error: &VerifyError) -> ExitCode {
@@ -208,7 +204,8 @@ pub(crate) fn of_source(error: &SourceError) -> ExitCode {
     match error {
         SourceError::Evaluators { source, .. } => of_pool(source),
         SourceError::Dataset { source, .. } => match &**source {
-            DatasetError::NotFound { is_temporary: true, .. } => ExitCode::Unavailable,
+            DatasetError::NotFound { hub: HubAnswer::None, .. } => ExitCode::Unavailable,
+            DatasetError::NotFound { hub: HubAnswer::NoSpaceHere, .. } => ExitCode::CannotWrite,
             DatasetError::NotFound { .. } | DatasetError::NoPath { .. } | DatasetError::NotEmbedded { .. } => {
                 ExitCode::MissingInput
             }
@@ -240,13 +237,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hub_that_does_not_answer_is_worth_another_start_and_one_without_the_rows_is_not() {
-        let code = |is_temporary| {
+    fn a_hub_that_does_not_answer_and_a_full_disk_are_worth_another_start_and_one_without_the_rows_is_not() {
+        let code = |hub| {
             let (environment, split) = (EnvironmentId::Mbpp, Split::Train);
             let (looked, remedy) = (Vec::new(), String::new());
-            let source = DatasetError::NotFound { environment, split, looked, remedy, is_temporary };
+            let source = DatasetError::NotFound { environment, split, looked, remedy, hub };
             of_source(&SourceError::Dataset { environment, source: Box::new(source) })
         };
-        assert_eq!((code(true), code(false)), (ExitCode::Unavailable, ExitCode::MissingInput));
+        let codes = [HubAnswer::None, HubAnswer::NoSpaceHere, HubAnswer::No].map(code);
+        assert_eq!(codes, [ExitCode::Unavailable, ExitCode::CannotWrite, ExitCode::MissingInput]);
     }
 }

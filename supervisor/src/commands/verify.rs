@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use grail_checkpoint::CheckpointStore;
@@ -177,6 +178,9 @@ pub async fn local(
     verdicts
 }
 
+/// Longest attempt to read a window file.
+const ATTEMPT_LIMIT: Duration = Duration::from_secs(90);
+
 async fn judge_all(
     state_dir: &Path,
     challenge: Option<ChallengeRandomness>,
@@ -187,7 +191,7 @@ async fn judge_all(
     let beacon = Beacon::Local(chain.clone());
     let objects = open_store(&state::store_of(state_dir))?;
     let checkpoints = CheckpointStore::new(objects.clone());
-    let store = WindowStore::new(objects);
+    let store = WindowStore::new(objects, ATTEMPT_LIMIT);
     let mut sources = RowSources::new(settings.datasets.clone(), evaluators.clone());
     let mut windows = Vec::new();
     for path in contexts(&state::windows_of(state_dir))? {

@@ -24,7 +24,7 @@ pub use raw::{ENV_FILE, EnvFile, FlagValue, Inputs};
 pub use report::{Report, Row, env_example};
 pub use sections::{
     Backend, ChainConfig, Credentials, Folders, GenerationConfig, LocalConfig, MiningLimits, MonitoringBackend,
-    MonitoringConfig, Network, ProofConfig, StoreConfig, WalletConfig, WandbMode,
+    MonitoringConfig, Network, ProofConfig, ProofKernels, ReloadShadow, StoreConfig, WalletConfig, WandbMode,
 };
 pub use variables::{Alias, SECTIONS, Section, Standing, Variable};
 
@@ -71,7 +71,7 @@ impl Config {
         let store = StoreConfig::resolve(&mut resolver, mode);
         let generation = GenerationConfig::resolve(&mut resolver, mode);
         let proof = ProofConfig::resolve(&mut resolver);
-        let limits = MiningLimits::resolve(&mut resolver);
+        let limits = MiningLimits::resolve(&mut resolver, mode);
         let folders = Folders::resolve(&mut resolver);
         let environments = EnvironmentsConfig::resolve(&mut resolver);
         let local = LocalConfig::resolve(&mut resolver);

@@ -18,9 +18,6 @@ pub const ENV_FILE: &str = ".env";
 /// Beginnings of names that are ours alone: others with them are probably misspelt.
 const OWN_PREFIXES: [&str; 2] = ["GRAIL_", "R2_"];
 
-/// Variables that children read from the environment: no settings of a miner.
-const OF_CHILDREN: [&str; 3] = [grail_process::fault::VARIABLE, "GRAIL_RELOAD_SHADOW", "GRAIL_PROOF_KERNELS"];
-
 /// Which file is read beside the environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EnvFile {
@@ -154,7 +151,8 @@ impl RawConfig {
             if name == "HOME" || name.starts_with("XDG_") {
                 self.base_folders.insert(name.to_owned(), PathBuf::from(value));
             }
-            if OF_CHILDREN.contains(&name) {
+            // For children, which read it themselves; no setting of a miner.
+            if name == grail_process::fault::VARIABLE {
                 continue;
             }
             let Some(known) = known_name(name) else {
@@ -205,7 +203,7 @@ impl RawConfig {
                 warnings.push(warn(format!("read as {}, which is the variable's name", variable.name)));
             }
             if variable.name == "GRAIL_MONITORING_BACKEND" && text == "wandb" {
-                warnings.push(warn("this version writes metrics to its log only".to_owned()));
+                warnings.push(warn("this version sends no metrics anywhere".to_owned()));
             }
         }
         self.warnings.extend(warnings);

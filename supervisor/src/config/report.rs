@@ -108,7 +108,9 @@ impl Report {
 pub fn env_example() -> String {
     let mut text = String::from(
         "# Configuration of grail-supervisor. Copy it to .env and edit it; lines that begin with # show defaults.\n\
-         # The process environment wins over this file. `grail-supervisor config` shows what is in force and why.\n",
+         # The process environment wins over this file. `grail-supervisor config` shows what is in force and why\n\
+         # (`config --local` for the embedded default). Settings of chain, wallet, bucket, SGLang, vLLM and WandB are checked,\n\
+         # but this release mines the embedded default only, which needs none of them.\n",
     );
     for section in SECTIONS {
         writeln!(text, "\n## {}\n", section.title).unwrap_or_default();

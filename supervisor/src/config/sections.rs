@@ -264,6 +264,45 @@ impl GenerationConfig {
     }
 }
 
+/// When a worker has a second copy of the weights for a change of checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReloadShadow {
+    /// Where memory allows it.
+    Auto,
+    Always,
+    Never,
+}
+
+const RELOAD_SHADOWS: &[(&str, ReloadShadow)] =
+    &[("auto", ReloadShadow::Auto), ("always", ReloadShadow::Always), ("never", ReloadShadow::Never)];
+
+impl ReloadShadow {
+    /// As a worker reads it.
+    #[must_use]
+    pub fn name(self) -> String {
+        name_of(RELOAD_SHADOWS, self)
+    }
+}
+
+/// What computes proofs on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProofKernels {
+    /// Our own kernels, where they can be had.
+    Own,
+    /// libtorch's operations only.
+    Off,
+}
+
+const PROOF_KERNELS: &[(&str, ProofKernels)] = &[("own", ProofKernels::Own), ("off", ProofKernels::Off)];
+
+impl ProofKernels {
+    /// As a worker reads it.
+    #[must_use]
+    pub fn name(self) -> String {
+        name_of(PROOF_KERNELS, self)
+    }
+}
+
 /// The proof workers.
 #[derive(Debug, Clone)]
 pub struct ProofConfig {
@@ -272,6 +311,8 @@ pub struct ProofConfig {
     pub cpu_workers: Sourced<u32>,
     /// Folder with `libtorch_cuda.so`.
     pub libtorch_dir: Sourced<Option<PathBuf>>,
+    pub reload_shadow: Sourced<ReloadShadow>,
+    pub kernels: Sourced<ProofKernels>,
     /// How long a worker may take to load its model.
     pub start_timeout: Sourced<Duration>,
     /// How long a worker may take to prove a group.
@@ -290,6 +331,8 @@ impl ProofConfig {
             gpus: present(list).map_or(ProofGpus::Single(single), ProofGpus::List),
             cpu_workers: resolver.value("GRAIL_PROOF_WORKERS", integer(1, 64), plainly),
             libtorch_dir: resolver.folder("GRAIL_LIBTORCH_DIR"),
+            reload_shadow: resolver.value("GRAIL_RELOAD_SHADOW", choice(RELOAD_SHADOWS), |when| when.name()),
+            kernels: resolver.value("GRAIL_PROOF_KERNELS", choice(PROOF_KERNELS), |kernels| kernels.name()),
             start_timeout: resolver.value("GRAIL_WORKER_START_TIMEOUT", seconds(3_600.0), show_seconds),
             prove_timeout: resolver.value("GRAIL_WORKER_PROVE_TIMEOUT", seconds(3_600.0), show_seconds),
             heartbeat_interval: resolver.value("GRAIL_HEARTBEAT_INTERVAL", seconds(600.0), show_seconds),
@@ -310,11 +353,19 @@ pub struct MiningLimits {
     pub shutdown_timeout: Sourced<Duration>,
 }
 
+/// Groups of a window in the embedded default, unless configured: what a demonstration needs, in a few seconds.
+const LOCAL_MAX_GROUPS: u32 = 24;
+
 impl MiningLimits {
-    pub(super) fn resolve(resolver: &mut Resolver) -> Self {
+    pub(super) fn resolve(resolver: &mut Resolver, mode: Mode) -> Self {
+        let mut max_groups = resolver.value("GRAIL_MAX_GROUPS_PER_WINDOW", integer(1, 1 << 20), plainly);
+        if mode == Mode::Local && max_groups.origin == Origin::Default {
+            max_groups.value = LOCAL_MAX_GROUPS;
+            resolver.report_value("GRAIL_MAX_GROUPS_PER_WINDOW", LOCAL_MAX_GROUPS.to_string());
+        }
         Self {
             safety_blocks: resolver.value("GRAIL_MINER_SAFETY_BLOCKS", integer(0, 29), plainly),
-            max_groups: resolver.value("GRAIL_MAX_GROUPS_PER_WINDOW", integer(1, 1 << 20), plainly),
+            max_groups,
             max_file_bytes: resolver
                 .value("GRAIL_MAX_FILE_MIB", integer::<u64>(1, 350), plainly)
                 .map(|mebibytes| mebibytes * MIB),

@@ -61,7 +61,7 @@ fn every_default_of_the_table_converts() {
     assert_eq!(config.generation.max_model_len.value, 12_288);
     assert_eq!(config.generation.groups_per_batch.value, None);
     assert_eq!(config.generation.server_timeout.value, Duration::from_secs(300));
-    assert_eq!(config.limits.max_groups.value, 313);
+    assert_eq!(config.limits.max_groups.value, 24);
     assert_eq!(config.limits.max_file_bytes.value, 330 << 20);
     assert_eq!(config.limits.safety_blocks.value, 3);
     assert_eq!(config.limits.upload_timeout.value, Duration::from_secs(90));
@@ -170,9 +170,38 @@ fn the_subnet_has_two_names_of_which_the_longer_is_read_first() {
 }
 
 #[test]
-fn variables_of_the_children_are_no_unknown_ones() {
-    let environment = ["GRAIL_FAULT", "GRAIL_RELOAD_SHADOW", "GRAIL_PROOF_KERNELS"].map(|name| (name, "anything"));
-    assert_eq!(Bench::new(&environment).load(Mode::Local).unwrap().warnings(), []);
+fn faults_for_the_children_are_no_unknown_variable() {
+    assert_eq!(Bench::new(&[("GRAIL_FAULT", "anything")]).load(Mode::Local).unwrap().warnings(), []);
+}
+
+#[test]
+fn settings_of_workers_are_known_wherever_they_are_set() {
+    let config =
+        Bench::new(&[]).file("GRAIL_RELOAD_SHADOW=never\nGRAIL_PROOF_KERNELS=off\n").load(Mode::Local).unwrap();
+    assert_eq!(config.warnings(), []);
+    assert_eq!(
+        (config.proof.reload_shadow.value, config.proof.kernels.value),
+        (ReloadShadow::Never, ProofKernels::Off)
+    );
+    assert_eq!(
+        (config.proof.reload_shadow.value.name(), config.proof.kernels.value.name()),
+        ("never".into(), "off".into())
+    );
+    let error = network(&[("GRAIL_RELOAD_SHADOW", "sometimes")]).unwrap_err();
+    assert_eq!(error.problems[0].variable, "GRAIL_RELOAD_SHADOW");
+}
+
+#[test]
+fn a_window_of_the_embedded_default_is_smaller_unless_it_is_set() {
+    let groups = |environment: &[(&str, &str)], mode| {
+        let config = Bench::new(environment).load(mode).unwrap();
+        let row = config.describe().rows.iter().find(|row| row.name == "GRAIL_MAX_GROUPS_PER_WINDOW").cloned();
+        assert_eq!(row.unwrap().value, Some(config.limits.max_groups.value.to_string()));
+        config.limits.max_groups.value
+    };
+    assert_eq!(groups(&[], Mode::Local), 24);
+    assert_eq!(groups(&[("GRAIL_MAX_GROUPS_PER_WINDOW", "40")], Mode::Local), 40);
+    assert_eq!(network(&[]).unwrap().limits.max_groups.value, 313);
 }
 
 #[test]
@@ -322,7 +351,12 @@ fn the_example_is_a_configuration_in_which_nothing_is_set() {
         .collect();
     assert!(opened.contains("\nNETUID=81\n") && opened.contains("\nR2_ACCOUNT_ID=\n"));
     let opened = Bench::new(&[]).file(&opened).load(Mode::Local).unwrap();
-    let values = |config: &Config| config.describe().rows.iter().map(|row| row.value.clone()).collect::<Vec<_>>();
+    // The one default that is another without a network.
+    let of_network = |name| name == "GRAIL_MAX_GROUPS_PER_WINDOW";
+    let values = |config: &Config| {
+        let rows = config.describe().rows.iter().filter(|row| !of_network(row.name));
+        rows.map(|row| row.value.clone()).collect::<Vec<_>>()
+    };
     assert_eq!(values(&opened), values(&plain));
 }
 

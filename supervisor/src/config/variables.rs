@@ -144,7 +144,11 @@ pub const SECTIONS: &[Section] = &[
                 "Context length in tokens. Prompts that leave no room for max_tokens are skipped, never shortened.",
             ),
             optional("GRAIL_PIPELINE_MAX_NUM_SEQS", "the server's own", "Sequences that the server runs at once."),
-            optional("GRAIL_PIPELINE_MAX_CONCURRENT", "automatic: 16 for every open group", "Requests in flight."),
+            optional(
+                "GRAIL_PIPELINE_MAX_CONCURRENT",
+                "automatic: 16 for every open group; 64 with --local",
+                "Requests in flight.",
+            ),
             optional(
                 "GRAIL_PIPELINE_GROUPS_PER_BATCH",
                 "automatic",
@@ -209,6 +213,16 @@ pub const SECTIONS: &[Section] = &[
                 "Folder with libtorch_cuda.so, for proofs on a GPU.",
             ),
             with_default(
+                "GRAIL_RELOAD_SHADOW",
+                "auto",
+                "Second copy of the weights for a change of checkpoint: auto, where memory allows it, always or never.",
+            ),
+            with_default(
+                "GRAIL_PROOF_KERNELS",
+                "own",
+                "What computes proofs on a GPU: own, our kernels where they can be had, or off, libtorch's operations only.",
+            ),
+            with_default(
                 "GRAIL_WORKER_START_TIMEOUT",
                 "180",
                 "How long a worker may take to load its model, in seconds; a slower one is started anew.",
@@ -242,7 +256,8 @@ pub const SECTIONS: &[Section] = &[
             with_default(
                 "GRAIL_MAX_GROUPS_PER_WINDOW",
                 "313",
-                "Groups after which a window is full: 5,000 rollouts, above which nothing is scored.",
+                "Groups after which a window is full: 5,000 rollouts, above which nothing is scored. With --local it is 24 \
+                 unless it is set.",
             ),
             with_default(
                 "GRAIL_MAX_FILE_MIB",
@@ -260,7 +275,12 @@ pub const SECTIONS: &[Section] = &[
     Section {
         title: "Folders",
         variables: &[
-            with_default("GRAIL_CACHE_DIR", "~/.cache/grail", "Downloaded checkpoints and datasets."),
+            with_default(
+                "GRAIL_CACHE_DIR",
+                "~/.cache/grail",
+                "Checkpoints of a network. With --local they lie in the state folder; rows of data sets lie in the hub's \
+                 own cache (HF_HOME).",
+            ),
             optional(
                 "GRAIL_STATE_DIR",
                 "$XDG_STATE_HOME/grail-supervisor or ~/.local/state/grail-supervisor",

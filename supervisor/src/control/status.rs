@@ -226,7 +226,7 @@ mod tests {
             stopping: Urgency::None,
             awaits: None,
             window: Some(snapshot()),
-            last_upload: Some(LastUpload { window: 2_970, bytes: 123_456, unix_ms: 10_000 }),
+            last_upload: Some(LastUpload { window: 2_970, bytes: 123_456, unix_ms: 10_000, took_ms: Some(1_500) }),
             checkpoints_in_use: BTreeSet::from([CheckpointWindow(2_970), CheckpointWindow(3_000)]),
             slots: vec![
                 slot(0),

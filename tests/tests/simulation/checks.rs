@@ -1,6 +1,7 @@
 //! What must hold whatever happened.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use grail_protocol::ids::{CheckpointWindow, TokenId, WeightsHash, WindowStart};
 use grail_protocol::window_file::{List, ReadRow, read_bytes};
@@ -74,7 +75,7 @@ fn one_window(
 /// Rows of the stored file by group.
 pub fn read(world: &World, window: WindowStart) -> Result<BTreeMap<i64, Vec<ReadRow>>, String> {
     let key = window_key(fixtures().signer.hotkey(), window);
-    let store = WindowStore::new(world.store.clone());
+    let store = WindowStore::new(world.store.clone(), Duration::from_secs(90));
     let content = futures::executor::block_on(store.get(&key)).map_err(|error| error.to_string())?;
     let file = read_bytes(content).map_err(|error| error.to_string())?;
     let mut groups: BTreeMap<i64, Vec<ReadRow>> = BTreeMap::new();

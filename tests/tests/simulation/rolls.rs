@@ -35,6 +35,7 @@ struct Reached {
     uploaded: usize,
     not_uploaded: usize,
     restarted: usize,
+    withdrawn: usize,
     prefetched: usize,
     /// Different checkpoints of a world that windows were uploaded with, beyond the first.
     rolls: usize,
@@ -134,9 +135,18 @@ impl Rolls {
                     let fleet = async { if is_new { workers.wait_ready().await } else { workers.roll(target).await } };
                     let mined = MinedWith { checkpoint, weights, rule: checkpoints.rule(window, checkpoint) };
                     let parts = world.parts(window, mined, &chain, (&observers, &clock)).await;
-                    let outcome = engine.run_window(Arc::new(parts), &StopSignals::default(), fleet).await?;
+                    let parts = Arc::new(parts);
+                    let outcome = engine.run_window(parts.clone(), &StopSignals::default(), fleet).await?;
                     checkpoints.let_go();
-                    if !matches!(outcome, Outcome::Superseded { .. }) {
+                    let begins_anew = match outcome {
+                        Outcome::Superseded { .. } => true,
+                        Outcome::Uploaded { .. } => {
+                            let is_late = tokio::time::timeout_at(over, parts.rule.other()).await.is_ok();
+                            is_late && engine.withdraw(&parts).await?
+                        }
+                        _ => false,
+                    };
+                    if !begins_anew {
                         break;
                     }
                 }
@@ -183,6 +193,7 @@ impl Rolls {
         reached.rolls += checkpoints.len().saturating_sub(1);
         let count = |kind: fn(&Event) -> bool| events.iter().filter(|event| kind(event)).count();
         reached.restarted += count(|event| matches!(event, Event::WindowRestarted { .. }));
+        reached.withdrawn += count(|event| matches!(event, Event::WindowWithdrawn { .. }));
         reached.prefetched += count(|event| matches!(event, Event::CheckpointInstalled { .. }));
         let is_right = |((weights, tokens), found): (&(_, Vec<_>), &Vec<u32>)| *found == sketches(tokens, 0, *weights);
         if proved.iter().all(is_right) { Ok(()) } else { Err("a row was proved with other weights".to_owned()) }
@@ -196,6 +207,9 @@ impl Rolls {
         proved: &mut Proved,
     ) -> Result<Option<CheckpointWindow>, String> {
         let key = window_key(fixtures().signer.hotkey(), window).to_string();
+        if !self.world.is_uploaded(window) {
+            return Ok(None);
+        }
         let log = self.world.store.log.all();
         let Some(put) = log.iter().rposition(|seen| *seen == Seen::Put(key.clone())) else { return Ok(None) };
         let listed = log[..put].iter().rev().find_map(|seen| match seen {
@@ -210,9 +224,9 @@ impl Rolls {
             checks::whole_and_unmixed((window, *group), rows, (demanded, weights), proved)
                 .map_err(|broken| format!("group {group}: {broken}"))?;
         }
-        let begun = events
-            .iter()
-            .rposition(|event| matches!(event, Event::WindowRestarted { window: of, .. } if *of == window));
+        let begun = events.iter().rposition(|event| {
+            matches!(event, Event::WindowRestarted { window: of, .. } | Event::WindowWithdrawn { window: of, .. } if *of == window)
+        });
         let since = &events[begun.unwrap_or(0)..];
         let is_missing = |event: &&Event| matches!(event, Event::GroupSpooled { window: of, group, .. } if *of == window && !file.contains_key(&group.0));
         match since.iter().find(is_missing) {
@@ -241,8 +255,8 @@ fn half(number: u64) {
     }
     println!("{reached:?}");
     if alone.is_none() {
-        let Reached { uploaded, not_uploaded, restarted, prefetched, rolls } = reached;
-        let least = [uploaded, not_uploaded, restarted, prefetched, rolls].into_iter().min();
+        let Reached { uploaded, not_uploaded, restarted, withdrawn, prefetched, rolls } = reached;
+        let least = [uploaded, not_uploaded, restarted, withdrawn, prefetched, rolls].into_iter().min();
         assert!(least > Some(4), "the schedules miss what they are for");
     }
 }

@@ -113,6 +113,8 @@ pub struct Schedule {
     /// Bytes of a torn record that the crash leaves at the end of the spool.
     pub torn_bytes: Vec<usize>,
     pub store: Vec<StoreFault>,
+    /// Questions to the store, for a file or about one, that it does not answer before the first that it does.
+    pub unread: usize,
     /// Percent of samples that fail.
     pub bad_samples: u64,
     /// The server is away in this time after each start of a window.
@@ -139,7 +141,8 @@ impl Schedule {
             }
         }
         let torn_bytes = crashes.iter().map(|_| if random.chance(40) { random.size(300) } else { 0 }).collect();
-        let store = (0..random.below(3)).map(|_| store_fault(&mut random)).collect();
+        let store = (0..[0, 1, 2, 9][random.size(4)]).map(|_| store_fault(&mut random)).collect();
+        let unread = random.size(8);
         let outage = random.chance(25).then(|| (random.milliseconds(0..200_000), random.milliseconds(1_000..60_000)));
         let operator = (0..random.below(3))
             .map(|_| {
@@ -156,6 +159,7 @@ impl Schedule {
             crashes,
             torn_bytes,
             store,
+            unread,
             bad_samples: if random.chance(30) { random.below(3) } else { 0 },
             outage,
             operator,

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use futures::stream::BoxStream;
@@ -18,6 +19,8 @@ use crate::schedule::StoreFault;
 pub struct SimStore {
     objects: InMemory,
     faults: Mutex<VecDeque<StoreFault>>,
+    /// Questions that are not answered yet.
+    unread: AtomicUsize,
     /// Keys in the order of their puts, also of those that failed.
     puts: Mutex<Vec<String>>,
     /// What the miner saw and did that must fit together.
@@ -46,8 +49,9 @@ pub enum Seen {
 }
 
 impl SimStore {
-    pub fn new(faults: &[StoreFault]) -> Arc<Self> {
-        Arc::new(Self { faults: Mutex::new(faults.iter().copied().collect()), ..Self::default() })
+    pub fn new(faults: &[StoreFault], unread: usize) -> Arc<Self> {
+        let faults = Mutex::new(faults.iter().copied().collect());
+        Arc::new(Self { faults, unread: AtomicUsize::new(unread), ..Self::default() })
     }
 
     pub fn puts_of(&self, key: &str) -> usize {
@@ -89,6 +93,10 @@ impl ObjectStore for SimStore {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        let fewer = |left: usize| left.checked_sub(1);
+        if self.unread.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer).is_ok() {
+            return Err(failure());
+        }
         self.objects.get_opts(location, options).await
     }
 

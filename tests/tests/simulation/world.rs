@@ -26,7 +26,7 @@ use grail_supervisor::environments::EnvironmentSource;
 use grail_supervisor::evaluators::{EvaluatorSettings, Evaluators};
 use grail_supervisor::fleet::{FleetError, Heartbeat, Observers, SlotCommand, SlotLimits, Target, WorkerLink, Workers};
 use grail_supervisor::group::WindowParts;
-use grail_supervisor::journal::{self, Event, Journal};
+use grail_supervisor::journal::{self, Journal};
 use grail_supervisor::offload::Offload;
 use grail_supervisor::plan::WindowPlan;
 use grail_supervisor::progress::Progress;
@@ -153,7 +153,14 @@ impl World {
         // In memory where that is possible: a simulation appends and syncs a great many records.
         let memory = PathBuf::from("/dev/shm");
         let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
-        Self { store: SimStore::new(&schedule.store), schedule, pace, folder: folder.unwrap(), now, crashes: 0 }
+        Self {
+            store: SimStore::new(&schedule.store, schedule.unread),
+            schedule,
+            pace,
+            folder: folder.unwrap(),
+            now,
+            crashes: 0,
+        }
     }
 
     pub fn state_dir(&self) -> PathBuf {
@@ -219,6 +226,7 @@ impl World {
     pub fn tear_spool(&self, life: usize) {
         let bytes = self.schedule.torn_bytes[life];
         let path = |window| grail_supervisor::spool::path_of(&self.state_dir().join("spool"), window);
+        // A spool that is closed is whole: nothing was added to it when the crash came.
         let newest = self.pace.targets.iter().rev().map(|(window, _)| path(*window));
         if let Some(path) = newest.into_iter().find(|path| path.is_file()) {
             let mut content = std::fs::read(&path).unwrap();
@@ -283,7 +291,7 @@ impl World {
     pub fn engine(&self, chain: &Arc<LocalChain>, clock: &Clock) -> Engine {
         Engine {
             chain: chain.clone(),
-            store: WindowStore::new(self.store.clone()),
+            store: WindowStore::new(self.store.clone(), Duration::from_secs(90)),
             spool_dir: self.state_dir().join("spool"),
             windows_dir: self.state_dir().join("windows"),
             limits: Limits {
@@ -299,10 +307,7 @@ impl World {
     }
 
     pub fn is_uploaded(&self, window: WindowStart) -> bool {
-        let events = journal::read(&self.state_dir()).unwrap_or_default();
-        events
-            .iter()
-            .any(|event| matches!(event, Event::WindowUploaded { window: uploaded, .. } if *uploaded == window))
+        journal::uploads(&self.state_dir()).unwrap().contains_key(&window)
     }
 
     pub fn simulated_workers(&self, life: usize, target: Target, observers: &Observers) -> Workers<SimLink> {

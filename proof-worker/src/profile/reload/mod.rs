@@ -3,7 +3,6 @@
 mod checkpoint;
 mod measure;
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read, Write as _};
 use std::path::Path;
@@ -32,7 +31,7 @@ pub struct ReloadReport {
     pub device: String,
     pub dtype: String,
     pub checkpoint_bytes: u64,
-    /// The target's file, read once from the page cache: no full reload can be faster.
+    /// The target's file, read once from the page cache by one thread.
     pub read_once_ms: f64,
     /// Median of a request with two in flight and no reload.
     pub request_ms: f64,
@@ -53,7 +52,8 @@ pub struct ReloadCase {
     pub staged: bool,
     /// To make it ready beside the proofs; unset if it was not staged.
     pub staging_ms: Option<f64>,
-    /// From the command to the weights being in place.
+    /// From the command to the weights being in place. Behind staging it is mostly the wait for the batches that the worker had taken
+    /// before it: the weights themselves were ready after [`Self::staging_ms`].
     pub total_ms: f64,
     /// In which the worker could not prove.
     pub stall_ms: f64,
@@ -110,7 +110,10 @@ async fn measure_all(arguments: &ProfileReloadArguments, scratch: &Path) -> Resu
             let full = targets.first().filter(|_| has_folder).map(|target| Case { target, by_changes: false, stages });
             let deltas = targets.iter().map(|target| Case { target, by_changes: true, stages });
             for case in full.into_iter().chain(deltas) {
-                cases.push(measure(&worker, &base, &case, arguments.repeats).await?);
+                let measured = measure(&worker, &base, &case, arguments.repeats).await?;
+                // Minutes lie between them with a large model: what was measured must not be lost with what comes behind it.
+                tracing::info!("{HEADINGS} | {}", measured.line());
+                cases.push(measured);
             }
         }
         worker.end().await;
@@ -193,12 +196,27 @@ fn median(mut times: Vec<Duration>) -> f64 {
     times.get(times.len() / 2).copied().map_or(0.0, milliseconds)
 }
 
+/// What [`ReloadCase::line`] shows.
+const HEADINGS: &str = "source         copy      staged    staging ms   total ms   stall ms   longest request ms";
+
+impl ReloadCase {
+    /// One line of a table.
+    fn line(&self) -> String {
+        let source = self.changed.map_or_else(|| self.source.clone(), |share| format!("delta {:.1} %", share * 100.0));
+        let copy = if self.in_shadow { "second" } else { "in place" };
+        let staged = if self.staged { "yes" } else { "no" };
+        let staging = self.staging_ms.map_or_else(|| "-".to_owned(), |staging| format!("{staging:.1}"));
+        let (total, stall, longest) = (self.total_ms, self.stall_ms, self.longest_request_ms);
+        format!("{source:<15}{copy:<10}{staged:<10}{staging:>10}{total:>11.1}{stall:>11.3}{longest:>21.1}")
+    }
+}
+
 impl ReloadReport {
     /// Lines for people, with a final line end.
     #[must_use]
     pub fn table(&self) -> String {
         let mut text = format!(
-            "{} on {}, {}, checkpoint of {:.2} GB\nread once {:.0} ms, a request {:.1} ms with two in flight, medians of {}\n\n",
+            "{} on {}, {}, checkpoint of {:.2} GB\nread once by one thread {:.0} ms, a request {:.1} ms with two in flight, medians of {}\n\n",
             self.model,
             self.device,
             self.dtype,
@@ -207,21 +225,12 @@ impl ReloadReport {
             self.request_ms,
             self.repeats
         );
-        text.push_str("source         copy      staged    staging ms   total ms   stall ms   longest request ms\n");
+        text.push_str(HEADINGS);
         for case in &self.cases {
-            let source =
-                case.changed.map_or_else(|| case.source.clone(), |share| format!("delta {:.1} %", share * 100.0));
-            let copy = if case.in_shadow { "second" } else { "in place" };
-            let staged = if case.staged { "yes" } else { "no" };
-            let staging = case.staging_ms.map_or_else(|| "-".to_owned(), |staging| format!("{staging:.1}"));
-            // Writing to a text cannot fail.
-            writeln!(
-                text,
-                "{source:<15}{copy:<10}{staged:<10}{staging:>10}{:>11.1}{:>11.3}{:>21.1}",
-                case.total_ms, case.stall_ms, case.longest_request_ms
-            )
-            .unwrap_or_default();
+            text.push('\n');
+            text.push_str(&case.line());
         }
+        text.push('\n');
         text
     }
 }

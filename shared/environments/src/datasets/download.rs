@@ -7,6 +7,7 @@ use reqwest::{Client, Response, StatusCode, Url};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use super::error::HubAnswer;
 use super::file::MAX_BYTES;
 use super::hub_cache::{self, is_commit};
 use super::located::{Layout, Located};
@@ -57,12 +58,17 @@ pub(super) enum DownloadError {
 }
 
 impl DownloadError {
-    /// Whether the hub gave no answer, or one that was spoilt on its way: a later try may get one.
-    pub(super) fn is_temporary(&self) -> bool {
+    /// What this says of the hub's answer.
+    pub(super) fn answer(&self) -> HubAnswer {
+        use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        let may_come = |status: StatusCode| status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
         match self {
-            Self::Request { .. } | Self::Info { .. } | Self::Content { .. } => true,
-            Self::Status { status, .. } => status.is_server_error() || *status == StatusCode::TOO_MANY_REQUESTS,
-            _ => false,
+            Self::Request { .. } | Self::Info { .. } | Self::Content { .. } => HubAnswer::None,
+            Self::Status { status, .. } if may_come(*status) => HubAnswer::None,
+            Self::Write { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge) => {
+                HubAnswer::NoSpaceHere
+            }
+            _ => HubAnswer::No,
         }
     }
 }

@@ -122,9 +122,20 @@ pub enum DatasetError {
         looked: Vec<Looked>,
         /// Which files to bring, and where to.
         remedy: String,
-        /// The hub was asked and gave no answer: another try may find them.
-        is_temporary: bool,
+        /// What came of asking the hub.
+        hub: HubAnswer,
     },
+}
+
+/// What came of asking the hub for files that are not here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HubAnswer {
+    /// It does not have them, or was not to be asked.
+    No,
+    /// None, or one that was spoilt on its way: another try may find them.
+    None,
+    /// It has them, and the disk has no room for them.
+    NoSpaceHere,
 }
 
 fn list(looked: &[Looked]) -> String {

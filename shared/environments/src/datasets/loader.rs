@@ -126,11 +126,11 @@ impl Search {
             Ok(found) => return Ok(found),
             Err(mut places) => looked.append(&mut places),
         }
-        let is_temporary;
+        let hub;
         match download::download(&self.hub, self.environment, self.revision(), &self.parts).await {
             Ok(found) => return Ok(found),
             Err(reason) => {
-                is_temporary = reason.is_temporary();
+                hub = reason.answer();
                 looked.push(Looked { place: format!("hub {}", self.hub.shown_endpoint()), reason: reason.to_string() });
             }
         }
@@ -140,7 +140,7 @@ impl Search {
             Err(mut places) => looked.append(&mut places),
         }
         let (environment, remedy) = (self.environment, self.remedy());
-        Err(DatasetError::NotFound { environment, split, looked, remedy, is_temporary })
+        Err(DatasetError::NotFound { environment, split, looked, remedy, hub })
     }
 
     fn revision(&self) -> &str {

@@ -19,7 +19,7 @@ mod row;
 mod settings;
 mod snapshot;
 
-pub use error::{DatasetError, Looked};
+pub use error::{DatasetError, HubAnswer, Looked};
 pub use file::{FileError, read_rows};
 pub use fingerprint::{Expectation, Fingerprint, NotAFingerprint, NotAnOverride, Overrides};
 pub use loader::{Datasets, embedded};

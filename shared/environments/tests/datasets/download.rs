@@ -8,7 +8,7 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Redirect, Response};
-use grail_environments::datasets::{DatasetError, DatasetSettings, SourceSettings};
+use grail_environments::datasets::{DatasetError, DatasetSettings, HubAnswer, SourceSettings};
 use grail_environments::{EnvironmentId, Split};
 use parquet::basic::Compression;
 use serde_json::json;
@@ -205,7 +205,7 @@ async fn an_unreachable_hub_is_one_place_of_several() {
     let hub = Hub::start(BTreeMap::new()).await;
     let error = datasets(hub.settings(home.path())).open(EnvironmentId::Mbpp, Split::Val).await.unwrap_err();
     assert!(error.to_string().contains("no full/validation-*.parquet"), "{error}");
-    let may_come = |error: &DatasetError| matches!(error, DatasetError::NotFound { is_temporary: true, .. });
+    let may_come = |error: &DatasetError| matches!(error, DatasetError::NotFound { hub: HubAnswer::None, .. });
     assert!(!may_come(&error), "the hub answered");
     let mut settings = hub.settings(home.path());
     for (endpoint, said, is_temporary) in [

@@ -454,6 +454,7 @@ unsafe extern "C" {
         error: *mut c_char,
         error_size: usize,
     ) -> *mut c_void;
+    fn grail_pinned(bytes: i64, error: *mut c_char, error_size: usize) -> *mut c_void;
     fn grail_current_stream(device: c_int, stream: *mut *mut c_void, error: *mut c_char, error_size: usize) -> c_int;
     fn grail_enter_loading_stream(device: c_int, before: *mut i64, error: *mut c_char, error_size: usize) -> c_int;
     fn grail_leave_loading_stream(device: c_int, before: i64, error: *mut c_char, error_size: usize) -> c_int;
@@ -544,6 +545,19 @@ pub(crate) fn upload(values: &[i32], device: usize) -> Result<Tensor, TchError> 
         // SAFETY: the shim copies `values.len()` numbers before it returns; the buffer is valid for writes of its size.
         let result =
             unsafe { grail_upload(values.as_ptr(), values.len() as i64, device, error.as_mut_ptr(), TEXT_BYTES) };
+        // SAFETY: a pointer that is not null is of a tensor that the shim made for us.
+        (!result.is_null()).then(|| unsafe { Tensor::from_ptr(result.cast()) })
+    })
+}
+
+/// `bytes` of page-locked memory of the host, u8, not initialised; a GPU reads from it at the full speed of the bus.
+///
+/// # Errors
+/// libtorch's text, for instance without a GPU.
+pub(crate) fn pinned(bytes: usize) -> Result<Tensor, TchError> {
+    with_error(|error| {
+        // SAFETY: the buffer is valid for writes of its size.
+        let result = unsafe { grail_pinned(bytes as i64, error.as_mut_ptr(), TEXT_BYTES) };
         // SAFETY: a pointer that is not null is of a tensor that the shim made for us.
         (!result.is_null()).then(|| unsafe { Tensor::from_ptr(result.cast()) })
     })

@@ -34,6 +34,7 @@ use crate::config::ModelConfig;
 use crate::device::{Device, Dtype};
 use crate::gpu::{self, GpuSupport};
 
+pub(crate) use self::ffi::pinned;
 pub(crate) use self::forward::{BatchOutput, Launched};
 pub(crate) use self::layout::Predictions;
 pub(crate) use self::weights::{Changed, Selection, WeightKernels, weight_kernels};

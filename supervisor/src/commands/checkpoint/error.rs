@@ -56,7 +56,7 @@ fn of_store(error: &StoreError) -> ExitCode {
     }
 }
 
-const fn of_failure(class: FailureClass) -> ExitCode {
+pub(in crate::commands) const fn of_failure(class: FailureClass) -> ExitCode {
     match class {
         FailureClass::Unavailable => ExitCode::Unavailable,
         FailureClass::Denied => ExitCode::NotPermitted,

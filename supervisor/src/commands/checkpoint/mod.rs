@@ -14,6 +14,7 @@ mod trees;
 mod verify;
 
 pub use error::CheckpointCommandError;
+pub(super) use error::of_failure;
 pub use fetch::fetch;
 pub use list::{Extent, list};
 pub use prune::{PruneMode, prune};
