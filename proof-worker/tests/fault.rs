@@ -128,7 +128,7 @@ async fn reload(client: &WorkerClient) -> Result<(), RequestError> {
 
 /// Points that a worker reaches.
 fn of_workers() -> impl Iterator<Item = Point> {
-    Point::ALL.into_iter().filter(|point| *point != Point::Update)
+    Point::ALL.into_iter().filter(|point| ![Point::Update, Point::Sampled].contains(point))
 }
 
 /// Leads a worker past every point; an error where it was lost on the way.
@@ -145,7 +145,7 @@ async fn lead_to(worker: &Worker, point: Point) -> Result<(), Box<dyn Error>> {
         Point::Ping => {
             client.ping().await?;
         }
-        Point::Update => panic!("a point of generation servers"),
+        Point::Update | Point::Sampled => panic!("a point of generation servers"),
     }
     Ok(())
 }
@@ -432,7 +432,7 @@ async fn only_the_slot_the_incarnation_and_the_count_that_are_named() {
 fn a_text_that_is_no_plan_is_a_usage_error() {
     for (text, remedy) in [
         ("kill", "write act@point"),
-        ("kill@lunch", "starting, loaded, hello, idle, mid_proof, replying, reload, ping, update are"),
+        ("kill@lunch", "starting, loaded, hello, idle, mid_proof, replying, reload, ping, update, sampled are"),
         ("nan@idle", "nan has no meaning at idle, where kill, segv"),
     ] {
         let output = std::process::Command::new(PROGRAM)

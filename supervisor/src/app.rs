@@ -134,7 +134,7 @@ fn local_settings(args: &MineArgs, config: &Config, pins: Vec<SlotPin>) -> Local
         evaluators: evaluators(config),
         slot_limits: slot_limits(config),
         pins,
-        open_groups: generation.groups_per_batch.value.map(size),
+        generating_groups: generation.groups_per_batch.value.map(size),
         max_groups: size(limits.max_groups.value),
         max_file_bytes: limits.max_file_bytes.value,
         safety_blocks: limits.safety_blocks.value,

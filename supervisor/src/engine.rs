@@ -18,6 +18,7 @@ use crate::clock::Clock;
 use crate::fleet::FleetError;
 use crate::generation::GenerationError;
 use crate::group::{self, Dropped, WindowParts};
+use crate::intake::{Intake, IntakeLimits};
 use crate::journal::{Event, Journal};
 use crate::proofs::ProofError;
 use crate::seal::{self, SealError, Sealed};
@@ -27,7 +28,9 @@ use crate::store::{self, UploadError, WindowStore};
 /// Bounds of a window that do not come from the protocol.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Groups between admission and their record in the spool.
+    /// What is generated at once.
+    pub intake: IntakeLimits,
+    /// Groups between admission and their record in the spool: what waits to be proved is bounded, too.
     pub open_groups: usize,
     /// Groups a window: beyond 312 further rollouts score nothing.
     pub max_groups: usize,
@@ -133,6 +136,7 @@ struct Running {
     next: GroupIndex,
     estimated_bytes: u64,
     tasks: JoinSet<Finished>,
+    intake: Arc<Intake>,
     given_up: Option<GivenUp>,
     /// The checkpoint that the rule names instead.
     superseded: Option<CheckpointWindow>,
@@ -251,6 +255,7 @@ impl Engine {
             next: GroupIndex(next),
             estimated_bytes,
             tasks: JoinSet::new(),
+            intake: Arc::default(),
             given_up: None,
             superseded: None,
             dropped_in_a_row: 0,
@@ -376,6 +381,7 @@ impl Engine {
         let rule = running.parts.rule.clone();
         let mut other = rule.other();
         let mut is_ready = false;
+        let intake = running.intake.clone();
         let window = running.parts.plan.window;
         let stragglers = self.straggler_deadline(running.parts.plan.deadline);
         let mut ticks = tokio::time::interval((self.chain.nominal_block_time() / 4).min(Duration::from_secs(1)));
@@ -401,6 +407,8 @@ impl Engine {
                     return self.give_up_stragglers(running, "the rule names another checkpoint").await;
                 }
                 () = stop.drain.cancelled(), if open => {}
+                // There may be room for another group.
+                () = intake.drawn() => {}
                 ready = &mut fleet, if !is_ready => {
                     is_ready = true;
                     if let Err(error) = ready {
@@ -460,15 +468,16 @@ impl Engine {
     }
 
     fn admit(&self, running: &mut Running, block: BlockNumber) {
-        while running.tasks.len() < self.limits.open_groups
+        while running.intake.has_room(self.limits.intake)
+            && running.tasks.len() < self.limits.open_groups
             && Instant::now() >= running.held_until
             && self.may_admit(running, block)
         {
-            let (group, parts) = (running.next, running.parts.clone());
+            let (group, parts, admitted) = (running.next, running.parts.clone(), running.intake.admit());
             running.next = GroupIndex(group.0 + 1);
             running.tasks.spawn(async move {
                 let began = Instant::now();
-                let result = group::run(parts, group, block).await;
+                let result = group::run(parts, (group, admitted), block).await;
                 (group, began, result)
             });
         }
@@ -606,9 +615,11 @@ impl Engine {
     }
 }
 
-/// Automatic number of open groups: enough to keep the server's batch full while proofs and signatures run behind it.
+/// Bounds for a generation server that is kept at `requests`, and `workers` that prove: what is generated ahead of the proofs is as
+/// much again as what is being generated. `groups` are an operator's bound of those in generation.
 #[must_use]
-pub fn automatic_open_groups(max_concurrent: Option<usize>, workers: usize) -> usize {
-    let generating = max_concurrent.map_or(4, |requests| requests.div_ceil(ROLLOUTS_PER_PROBLEM));
-    generating + workers * crate::proofs::IN_FLIGHT_PER_WORKER
+pub fn flow_limits(requests: usize, groups: Option<usize>, workers: usize) -> (IntakeLimits, usize) {
+    let at_once = requests.div_ceil(ROLLOUTS_PER_PROBLEM);
+    let generating = groups.map_or(at_once, |groups| groups.clamp(1, at_once));
+    (IntakeLimits { requests, groups }, 2 * generating + workers * crate::proofs::IN_FLIGHT_PER_WORKER)
 }

@@ -54,6 +54,16 @@ pub enum GenerationError {
 }
 
 impl GenerationError {
+    /// Whether the same server may well give another answer that can be used.
+    #[must_use]
+    pub const fn may_be_drawn_again(&self) -> bool {
+        match self {
+            Self::Unacceptable { .. } | Self::Unreadable { .. } => true,
+            Self::Status { status, .. } => *status >= 500 || *status == 429,
+            Self::Transport { .. } | Self::BrokenOff { .. } | Self::NotRunning => false,
+        }
+    }
+
     /// Whether the connection failed, so that the same sample may be had from another server.
     #[must_use]
     pub const fn is_of_transport(&self) -> bool {

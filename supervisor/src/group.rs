@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::future::{try_join, try_join_all};
 use grail_environments::{Environment, Evaluation, Task};
@@ -13,7 +14,7 @@ use grail_ipc::jobs::ProveJob;
 use grail_ipc::record::{RecordError, RecordWriter};
 use grail_process::with_causes;
 use grail_protocol::binding::CommitBinding;
-use grail_protocol::constants::CHALLENGE_K;
+use grail_protocol::constants::{CHALLENGE_K, MIN_EOS_PROBABILITY};
 use grail_protocol::ids::{BlockNumber, GroupIndex, Nonce, RolloutIndex, TokenId, WeightsHash};
 use grail_protocol::keys::Keypair;
 use grail_protocol::termination::CompletionEnd;
@@ -23,6 +24,7 @@ use grail_text::{ChatTemplate, Tokenizer};
 use crate::checkpoints::CheckpointRule;
 use crate::clock::Clock;
 use crate::generation::{GenerationError, Generator, Sample};
+use crate::intake::Admitted;
 use crate::offload::Offload;
 use crate::plan::WindowPlan;
 use crate::progress::{Progress, Stage};
@@ -97,9 +99,13 @@ struct Generated {
 ///
 /// # Errors
 /// [`Dropped`] says what the group failed on; nothing of it is kept.
-pub async fn run(parts: Arc<WindowParts>, group: GroupIndex, block: BlockNumber) -> Result<SpooledGroup, Dropped> {
+pub async fn run(
+    parts: Arc<WindowParts>,
+    (group, admitted): (GroupIndex, Admitted),
+    block: BlockNumber,
+) -> Result<SpooledGroup, Dropped> {
     let stage = parts.progress.enter(Stage::Generating);
-    let generated = generate(&parts, group).await?;
+    let generated = generate(&parts, group, admitted).await?;
     let stage = stage.next(Stage::Proving);
     let (proof, evaluations) = try_join(prove(&parts, &generated), evaluate(&parts, &generated)).await?;
     check_proof(&parts, &generated, &proof)?;
@@ -109,7 +115,7 @@ pub async fn run(parts: Arc<WindowParts>, group: GroupIndex, block: BlockNumber)
     offload.run(move || sign(&parts, group, block, &generated, &proof, &evaluations)).await.map_err(Dropped::Signing)
 }
 
-async fn generate(parts: &WindowParts, group: GroupIndex) -> Result<Generated, Dropped> {
+async fn generate(parts: &WindowParts, group: GroupIndex, admitted: Admitted) -> Result<Generated, Dropped> {
     let plan = &parts.plan;
     let seed = seed::environment_seed(&plan.hotkey, &plan.window_hash, group);
     let task = parts.environment.task(seed).map_err(Dropped::Task)?;
@@ -121,19 +127,17 @@ async fn generate(parts: &WindowParts, group: GroupIndex) -> Result<Generated, D
     if prompt.len() + max_new as usize > parts.max_model_len {
         return Err(Dropped::TooLong { prompt: prompt.len(), max_new: max_new as usize, limit: parts.max_model_len });
     }
-    let samples = RolloutIndex::all().map(|rollout| {
-        parts.generator.sample(Sample {
-            rid: format!("w{}-g{group}-r{rollout}", plan.window),
-            prompt: prompt.clone(),
-            sampling: sampling_params(plan, max_new),
-        })
-    });
-    let completions = try_join_all(samples).await?;
-    for (rollout, completion) in RolloutIndex::all().zip(&completions) {
-        if completion.len() < CHALLENGE_K {
-            return Err(Dropped::TooShort { rollout, tokens: completion.len() });
+    let Admitted { samples, group: counted } = admitted;
+    let draws = RolloutIndex::all().zip(samples).map(|(rollout, sample)| {
+        let prompt = prompt.clone();
+        async move {
+            let drawn = draw(parts, (group, rollout), &prompt, max_new).await;
+            drop(sample);
+            drawn
         }
-    }
+    });
+    let completions = try_join_all(draws).await?;
+    drop(counted);
     let job = ProveJob {
         group,
         weights: plan.weights,
@@ -144,6 +148,39 @@ async fn generate(parts: &WindowParts, group: GroupIndex) -> Result<Generated, D
     };
     Ok(Generated { task, job: Arc::new(job) })
 }
+
+/// Draws a completion that can be used. One that cannot is drawn again, under another name: what a server draws may follow from the
+/// name. One sample of sixteen must not cost the others, which are drawn already.
+async fn draw(
+    parts: &WindowParts,
+    (group, rollout): (GroupIndex, RolloutIndex),
+    prompt: &Arc<[TokenId]>,
+    max_new: u32,
+) -> Result<Vec<TokenId>, Dropped> {
+    let name = format!("w{}-g{group}-r{rollout}", parts.plan.window);
+    let mut again = 0;
+    loop {
+        let rid = if again == 0 { name.clone() } else { format!("{name}-t{again}") };
+        let sampling = sampling_params(&parts.plan, max_new);
+        let reason = match parts.generator.sample(Sample { rid, prompt: prompt.clone(), sampling }).await {
+            Ok(completion) if completion.len() < CHALLENGE_K => Dropped::TooShort { rollout, tokens: completion.len() },
+            Ok(completion) => return Ok(completion),
+            Err(error) if error.may_be_drawn_again() => error.into(),
+            Err(error) => return Err(error.into()),
+        };
+        if again == MOST_DRAWN_AGAIN {
+            return Err(reason);
+        }
+        again += 1;
+        tracing::debug!(%group, %rollout, reason = with_causes(&reason), "A sample is drawn again.");
+        tokio::time::sleep(PAUSE_BEFORE_AGAIN * again).await;
+    }
+}
+
+/// How often a sample is drawn again.
+const MOST_DRAWN_AGAIN: u32 = 2;
+/// What a server that has too much to do is given, growing.
+const PAUSE_BEFORE_AGAIN: Duration = Duration::from_millis(100);
 
 /// The checkpoint's policy in the server's words: 0 switches top-k off there too, and a top-p of 0 means the single most
 /// likely token, which the server only takes as a tiny number.
@@ -221,13 +258,24 @@ fn check_proof(parts: &WindowParts, generated: &Generated, proof: &Proof) -> Res
             eos_token: Some(parts.eos_token),
             eos_probability: Some(member.eos_probability),
         };
-        if !end.is_valid() {
+        if !end.is_valid() || ends_too_near(&end, parts.plan.dtype) {
             let (tokens, probability) = (completion.len(), member.eos_probability);
             return Err(Dropped::BadEnd { rollout, tokens, max_new, probability });
         }
     }
     Ok(())
 }
+
+/// Whether a validator may see an end in EOS on the other side of the bound: its forward pass rounds elsewhere, and one logit of
+/// bfloat16 moves a probability by 6 % (between 8 and 16) or 13 % (up to 32).
+fn ends_too_near(end: &CompletionEnd, dtype: &str) -> bool {
+    let is_full = end.completion_length == end.max_new_tokens;
+    let bound = if dtype == "bfloat16" { MIN_EOS_PROBABILITY * EOS_MARGIN_BF16 } else { MIN_EOS_PROBABILITY };
+    !is_full && end.eos_probability.is_some_and(|probability| f64::from(probability) < bound)
+}
+
+/// A file that is refused costs fourteen windows, a group one of three hundred.
+const EOS_MARGIN_BF16: f64 = 1.15;
 
 fn sign(
     parts: &WindowParts,

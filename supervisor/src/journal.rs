@@ -277,7 +277,7 @@ mod tests {
         journal.file.write_all(b"{\"unix_ms\": 1, \"window_uploaded").unwrap();
         let found = uploads(state.path()).unwrap();
         let last = LastUpload { window: 3_000, bytes: 7, unix_ms: found[&window(3_000)].unix_ms, took_ms: Some(9) };
-        assert_eq!(found.into_values().collect::<Vec<_>>(), [last.clone()], "the other one was withdrawn");
+        assert_eq!(found, BTreeMap::from([(window(3_000), last)]), "the other one was withdrawn");
         assert_eq!(progress.last_upload().unwrap().window, 3_060);
     }
 }

@@ -19,6 +19,7 @@ pub mod fleet;
 pub mod generation;
 pub mod gpus;
 pub mod group;
+pub mod intake;
 pub mod journal;
 pub mod leftovers;
 pub mod miner;

@@ -7,9 +7,12 @@ use grail_tests::binaries::binary;
 
 /// What the dynamic linker would load, one library a line.
 fn libraries(program: &Path) -> String {
-    let listed =
-        Command::new(program).env("LD_TRACE_LOADED_OBJECTS", "1").env_remove("LD_LIBRARY_PATH").output().unwrap();
-    String::from_utf8(listed.stdout).unwrap()
+    let listed = Command::new(program)
+        .env("LD_TRACE_LOADED_OBJECTS", "1")
+        .env_remove("LD_LIBRARY_PATH")
+        .output()
+        .expect("it runs");
+    String::from_utf8(listed.stdout).expect("text")
 }
 
 fn libtorch_of(listed: &str) -> &Path {

@@ -205,7 +205,12 @@ impl Serving {
         let dispatched = unix_seconds();
         let mut answers = Vec::with_capacity(waiting.len());
         for (mut name, answer, prompt_tokens, max_new_tokens, return_logprob) in waiting {
-            let finished = answer.await.map_err(|_| EngineGone)?;
+            let mut finished = answer.await.map_err(|_| EngineGone)?;
+            match (self.faults.reach(Point::Sampled), finished.output.first_mut()) {
+                (Some(Act::Garbage), Some(token)) => *token = TokenId(u32::MAX),
+                (Some(act), _) => act.befall_process(),
+                (None, _) => {}
+            }
             name.is_answered = true;
             answers.push(Answer {
                 rid: name.rid.clone(),

@@ -59,7 +59,8 @@ pub struct LocalSettings {
     /// One a worker; all on the CPU, or all on GPUs.
     pub pins: Vec<SlotPin>,
     pub slot_limits: SlotLimits,
-    pub open_groups: Option<usize>,
+    /// Most groups in generation at once; unset = as many as requests allow.
+    pub generating_groups: Option<usize>,
     pub max_groups: usize,
     pub max_file_bytes: u64,
     pub safety_blocks: u32,
@@ -199,12 +200,8 @@ pub fn open_store(path: &Path) -> Result<Arc<dyn ObjectStore>, CommandError> {
 
 fn limits(settings: &LocalSettings) -> Limits {
     let concurrent = settings.max_concurrent.unwrap_or(BUILTIN_CONCURRENT);
-    let automatic = crate::engine::automatic_open_groups(Some(concurrent), settings.pins.len());
-    Limits {
-        open_groups: settings.open_groups.unwrap_or(automatic).max(1),
-        max_groups: settings.max_groups,
-        max_file_bytes: settings.max_file_bytes,
-    }
+    let (intake, open_groups) = crate::engine::flow_limits(concurrent, settings.generating_groups, settings.pins.len());
+    Limits { intake, open_groups, max_groups: settings.max_groups, max_file_bytes: settings.max_file_bytes }
 }
 
 fn fleet_settings(

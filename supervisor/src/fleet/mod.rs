@@ -3,6 +3,7 @@
 
 mod canary;
 mod child;
+mod conduct;
 mod control;
 mod link;
 pub mod pinning;

@@ -2,7 +2,7 @@
 //! while there is none.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -25,6 +25,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use super::FleetError;
 use super::canary::{Canary, CanaryError};
 use super::child::{self, not_ready};
+use super::conduct::{self, Conduct};
 use super::control::{ServerControl, SharedFacts};
 use super::link::{Heartbeat, Target};
 use super::pinning;
@@ -130,6 +131,7 @@ impl Server {
         let (child, events) = supervise(role, policy);
         let (target, wanted) = watch::channel(target);
         let (publish, served) = watch::channel(Served::Nothing);
+        let (unfit, misbehaved) = mpsc::unbounded_channel();
         let keeper = Keeper {
             settings: settings.clone(),
             wanted,
@@ -139,10 +141,11 @@ impl Server {
             facts: facts.clone(),
             canary: Canary::new(confirmers),
             again: again.clone(),
+            misbehaved,
             failures: 0,
         };
         tokio::spawn(keeper.run(events));
-        let generator = Arc::new(WaitingGenerator { served: served.clone() });
+        let generator = Arc::new(WaitingGenerator { served: served.clone(), conduct: Mutex::default(), unfit });
         Self { child, target, served, generator, facts, again }
     }
 
@@ -210,6 +213,7 @@ struct Keeper {
     canary: Canary,
     /// An operator wants the weights to be read again.
     again: Arc<Notify>,
+    misbehaved: mpsc::UnboundedReceiver<Misbehaved>,
     failures: u32,
 }
 
@@ -288,9 +292,23 @@ impl Keeper {
                 },
                 changed = self.wanted.changed() => if changed.is_err() { return },
                 () = again.notified() => tracing::info!("The generation server reads its weights again."),
+                Some(Misbehaved { generator, reason }) = self.misbehaved.recv() => {
+                    // An update would leave the process as it is; and of an earlier server nobody wants to know.
+                    if self.is_served_by(&generator) {
+                        url = None;
+                        self.publish_loss(&reason);
+                        if let Err(error) = client.stop().await {
+                            tracing::debug!(error = with_causes(&error), "There was no server to stop.");
+                        }
+                    }
+                }
                 _ = client.closed() => return,
             }
         }
+    }
+
+    fn is_served_by(&self, generator: &Arc<HttpGenerator>) -> bool {
+        matches!(&*self.publish.borrow(), Served::Weights(_, serving) if Arc::ptr_eq(serving, generator))
     }
 
     /// Starts a server with `target`, or updates the one at `url`.
@@ -518,6 +536,16 @@ async fn next_death(events: &mut LauncherEvents) -> Option<String> {
 #[derive(Debug)]
 struct WaitingGenerator {
     served: watch::Receiver<Served>,
+    /// Of the server that answered last.
+    conduct: Mutex<Option<(Weak<HttpGenerator>, Conduct)>>,
+    unfit: mpsc::UnboundedSender<Misbehaved>,
+}
+
+/// A server whose answers are of no use.
+#[derive(Debug)]
+struct Misbehaved {
+    generator: Arc<HttpGenerator>,
+    reason: String,
 }
 
 /// Servers that may die under one sample.
@@ -546,12 +574,30 @@ impl WaitingGenerator {
         tokio::time::timeout(LOSS_LIMIT, replaced).await.is_ok()
     }
 
+    /// Counts what an answer says of its server, and has one replaced that misbehaves.
+    fn note(&self, generator: &Arc<HttpGenerator>, answer: &Result<Vec<TokenId>, GenerationError>) {
+        let Some(is_bad) = answer.as_ref().map_or_else(conduct::is_its_fault, |_| Some(false)) else { return };
+        let mut known = self.conduct.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_of_this = |of: &Weak<HttpGenerator>| std::ptr::eq(of.as_ptr(), Arc::as_ptr(generator));
+        let (_, conduct) = match &mut *known {
+            Some(known) if is_of_this(&known.0) => known,
+            other => other.insert((Arc::downgrade(generator), Conduct::default())),
+        };
+        if let Some(reason) = conduct.note(is_bad) {
+            *conduct = Conduct::default();
+            // The keeper ends with the server only.
+            drop(self.unfit.send(Misbehaved { generator: generator.clone(), reason }));
+        }
+    }
+
     async fn draw(&self, sample: Sample) -> Result<Vec<TokenId>, GenerationError> {
         let mut servers = 0;
         loop {
             let generator = self.serving().await?;
             servers += 1;
-            match generator.sample(sample.clone()).await {
+            let answer = generator.sample(sample.clone()).await;
+            self.note(&generator, &answer);
+            match answer {
                 // What a dead server was drawing nobody has seen: the next one draws it anew.
                 Err(error) if error.is_of_transport() && servers < MOST_SERVERS && self.is_lost(&generator).await => {
                     tracing::debug!(

@@ -17,7 +17,7 @@ pub struct SimGenerator {
     pub seed: u64,
     /// What it draws depends on its weights, as with a real one.
     pub weights: WeightsHash,
-    /// Percent of samples that fail.
+    /// Of a thousand samples these fail.
     pub bad_samples: u64,
     /// Real worlds are faster by this.
     pub haste: u32,
@@ -42,7 +42,9 @@ impl Generator for SimGenerator {
                 let detail = "simulated".to_owned();
                 return Err(GenerationError::Unreadable { rid: sample.rid, detail });
             }
-            Ok(completion(&sample.rid, self.weights))
+            // A sample that is drawn again is drawn as the first time would have been.
+            let name = sample.rid.split_once("-t").map_or(&*sample.rid, |(name, _)| name);
+            Ok(completion(name, self.weights))
         }
         .boxed()
     }

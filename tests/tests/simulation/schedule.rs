@@ -115,7 +115,7 @@ pub struct Schedule {
     pub store: Vec<StoreFault>,
     /// Questions to the store, for a file or about one, that it does not answer before the first that it does.
     pub unread: usize,
-    /// Percent of samples that fail.
+    /// Samples of a thousand that fail.
     pub bad_samples: u64,
     /// The server is away in this time after each start of a window.
     pub outage: Option<(Duration, Duration)>,
@@ -160,7 +160,7 @@ impl Schedule {
             torn_bytes,
             store,
             unread,
-            bad_samples: if random.chance(30) { random.below(3) } else { 0 },
+            bad_samples: if random.chance(30) { random.below(200) } else { 0 },
             outage,
             operator,
         }

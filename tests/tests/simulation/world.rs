@@ -26,6 +26,7 @@ use grail_supervisor::environments::EnvironmentSource;
 use grail_supervisor::evaluators::{EvaluatorSettings, Evaluators};
 use grail_supervisor::fleet::{FleetError, Heartbeat, Observers, SlotCommand, SlotLimits, Target, WorkerLink, Workers};
 use grail_supervisor::group::WindowParts;
+use grail_supervisor::intake::IntakeLimits;
 use grail_supervisor::journal::{self, Journal};
 use grail_supervisor::offload::Offload;
 use grail_supervisor::plan::WindowPlan;
@@ -295,7 +296,8 @@ impl World {
             spool_dir: self.state_dir().join("spool"),
             windows_dir: self.state_dir().join("windows"),
             limits: Limits {
-                open_groups: self.schedule.open_groups,
+                intake: IntakeLimits { requests: 16 * self.schedule.open_groups, groups: None },
+                open_groups: 2 * self.schedule.open_groups,
                 max_groups: self.schedule.max_groups,
                 max_file_bytes: 330 << 20,
             },

@@ -38,6 +38,8 @@ pub enum Point {
     Ping,
     /// A generation server was told to take other weights.
     Update,
+    /// A generation server has drawn a sample and not answered yet.
+    Sampled,
 }
 
 /// What a process does wrong.
@@ -57,7 +59,7 @@ pub enum Act {
     Hang,
     /// The thread is late by this time, which is kept in milliseconds.
     Slow(Duration),
-    /// A frame of random bytes.
+    /// A frame of random bytes; at [`Point::Sampled`] a token that the model does not have.
     Garbage,
     /// Half a frame, then the end of the connection.
     Truncated,
@@ -96,8 +98,8 @@ pub struct FaultPlan {
 }
 
 impl Point {
-    /// All points, in the order in which a process first reaches them: those of a proof worker, then that of a generation server.
-    pub const ALL: [Self; 9] = [
+    /// All points, in the order in which a process first reaches them: those of a proof worker, then those of a generation server.
+    pub const ALL: [Self; 10] = [
         Self::Starting,
         Self::Loaded,
         Self::Hello,
@@ -107,6 +109,7 @@ impl Point {
         Self::Reload,
         Self::Ping,
         Self::Update,
+        Self::Sampled,
     ];
 
     /// The name in the grammar.
@@ -122,6 +125,7 @@ impl Point {
             Self::Reload => "reload",
             Self::Ping => "ping",
             Self::Update => "update",
+            Self::Sampled => "sampled",
         }
     }
 
@@ -163,7 +167,10 @@ impl Act {
     pub const fn has_meaning_at(self, point: Point) -> bool {
         match self {
             Self::Kill | Self::Segv | Self::Stop | Self::Abort | Self::Exit(_) | Self::Hang | Self::Slow(_) => true,
-            Self::Garbage | Self::Truncated | Self::Oversize => {
+            Self::Garbage => {
+                matches!(point, Point::Hello | Point::Idle | Point::Replying | Point::Ping | Point::Sampled)
+            }
+            Self::Truncated | Self::Oversize => {
                 matches!(point, Point::Hello | Point::Idle | Point::Replying | Point::Ping)
             }
             Self::WrongVersion | Self::WrongToken => matches!(point, Point::Hello),
@@ -474,7 +481,7 @@ mod tests {
             ("explode@idle", "act \"explode\" is none: kill, segv, stop, abort, exit=CODE, hang, slow=MS, garbage"),
             (
                 "kill@lunch",
-                "point \"lunch\" is none: starting, loaded, hello, idle, mid_proof, replying, reload, ping, update are",
+                "point \"lunch\" is none: starting, loaded, hello, idle, mid_proof, replying, reload, ping, update, sampled are",
             ),
             ("stale@reload", "stale has no meaning at reload"),
             ("exit@idle", "act \"exit\" is none"),
