@@ -41,6 +41,12 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
+    /// Whether the trainer's store gave no answer: what it would have said may be known from before.
+    #[must_use]
+    pub const fn is_of_the_store(&self) -> bool {
+        matches!(self, Self::Choose(ChooseError::Store(_)) | Self::Metadata { .. })
+    }
+
     /// Whether what was published is at fault: the next checkpoint may be whole again, so a miner waits for it.
     #[must_use]
     pub fn is_of_the_trainer(&self) -> bool {
@@ -223,6 +229,19 @@ impl Checkpoints {
         Ok(ready)
     }
 
+    /// A checkpoint as it lies in the cache, every file verified, without a word of the trainer's store; `None` if it is not whole.
+    pub async fn cached(&self, checkpoint: CheckpointWindow) -> Option<Arc<ReadyCheckpoint>> {
+        let _turn = self.0.turn.lock().await;
+        self.hold(checkpoint).await;
+        let cache = self.0.cache.clone();
+        let entry = tokio::task::spawn_blocking(move || cache.inspect(checkpoint)).await.ok()?;
+        let grail_checkpoint::cache::Entry::Installed(installed) = entry else { return None };
+        let policy = installed.metadata.policy().ok()?.clone();
+        let ready = Arc::new(self.read(*installed, policy).await.ok()?);
+        self.known().ready.insert(checkpoint, ready.clone());
+        Some(ready)
+    }
+
     /// Whether a checkpoint that is here is still what the trainer publishes, or has to stay because it is mined with: validators
     /// that run keep the version that they began with. One that was only fetched ahead is to be fetched anew.
     async fn is_kept(&self, ready: &ReadyCheckpoint) -> bool {
@@ -374,6 +393,12 @@ impl Checkpoints {
             .await
             .map_err(|source| CheckpointError::Install { checkpoint, source: Box::new(source) })?;
         self.hold(checkpoint).await;
+        self.read(installed, policy).await
+    }
+
+    /// What the supervisor needs of an installed checkpoint beside its weights.
+    async fn read(&self, installed: Installed, policy: MiningPolicy) -> Result<ReadyCheckpoint, CheckpointError> {
+        let checkpoint = installed.window;
         let folder = installed.folder.clone();
         let files = tokio::task::spawn_blocking(move || CheckpointFiles::read(&folder))
             .await

@@ -24,7 +24,7 @@ use crate::offload::Offload;
 use crate::plan::WindowPlan;
 use crate::progress::Progress;
 use crate::record::Recording;
-use crate::spool::{self, SpoolError};
+use crate::spool::{self, SpoolError, SpoolHeader};
 use crate::state::{StateDir, StateError, WindowRandomness};
 use grail_process::with_causes;
 
@@ -257,9 +257,29 @@ impl Miner {
     }
 
     fn has_spooled(&self, window: WindowStart) -> bool {
+        self.spooled(window).is_some() || spool::sent_path_of(&self.engine.spool_dir, window).exists()
+    }
+
+    /// The facts of groups of `window` that an earlier life has spooled.
+    fn spooled(&self, window: WindowStart) -> Option<SpoolHeader> {
         let folder = &self.engine.spool_dir;
-        let read = spool::read(&spool::path_of(folder, window));
-        read.is_ok_and(|(_, groups)| !groups.is_empty()) || spool::sent_path_of(folder, window).exists()
+        let places = [spool::sent_path_of(folder, window), spool::path_of(folder, window)];
+        let (header, _) = places.iter().find_map(|place| spool::read(place).ok().filter(|read| !read.1.is_empty()))?;
+        header
+    }
+
+    /// Where the trainer's store does not answer, the checkpoint that an earlier life chose for `window` while it did: what was
+    /// spooled with it goes out all the same.
+    async fn checkpoint_of_spool(
+        &self,
+        window: WindowStart,
+        error: &CheckpointError,
+    ) -> Option<(Arc<ReadyCheckpoint>, SpoolHeader)> {
+        let header = self.spooled(window).filter(|_| error.is_of_the_store())?;
+        let checkpoint = self.checkpoints.cached(header.checkpoint).await?;
+        tracing::warn!(%window, checkpoint = %header.checkpoint, error = with_causes(error),
+            "The trainer's store does not answer; the window goes on with the checkpoint that it was begun with.");
+        Some((checkpoint, header))
     }
 
     /// A window whose file is in the store must not be put again: the later object would be the one that counts.
@@ -304,9 +324,20 @@ impl Miner {
         head: Head,
         has_checkpoint: &AtomicBool,
     ) -> Result<(Arc<WindowParts>, Arc<ReadyCheckpoint>), NotBegun> {
-        let checkpoint = self.checkpoints.for_window(window).await?;
+        let (checkpoint, from_before) = match self.checkpoints.for_window(window).await {
+            Ok(checkpoint) => (checkpoint, None),
+            Err(error) => match self.checkpoint_of_spool(window, &error).await {
+                Some((checkpoint, header)) => (checkpoint, Some((header, error))),
+                None => return Err(error.into()),
+            },
+        };
         has_checkpoint.store(true, Ordering::Relaxed);
         let plan = self.plan(window, head, &checkpoint).await?;
+        if let Some((header, error)) = from_before
+            && header.is_superseded_by(&SpoolHeader::of(&plan))
+        {
+            return Err(error.into());
+        }
         // What was judged before a crash goes out whether or not anything can be judged now.
         let environment = if self.has_spooled(window) {
             self.environments.open_without_evaluators(plan.environment, plan.split).await?

@@ -4,9 +4,11 @@ use std::collections::BTreeSet;
 
 use grail_checkpoint::Tree;
 use grail_protocol::ids::CheckpointWindow;
+use grail_tests::processes;
 use grail_tests::trainer::{BEFORE, DURING, FIRST, Trainer, finish, uploaded_with};
 use grail_tests::waiting::wait_until;
 use grail_tests::world::World;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 #[test]
@@ -65,6 +67,29 @@ fn a_file_that_is_in_the_store_when_a_late_marker_appears_is_taken_back_and_mine
     assert_eq!(held, Some(BTreeSet::from([BEFORE])), "no rollout of the other checkpoint is in the file");
     assert!(world.state.join("spool/window-3000.aside").is_file(), "what was made before is kept for inspection");
     assert!(world.state.join("spool/window-3000.sent").is_file());
+}
+
+#[test]
+fn what_a_crash_left_goes_out_although_the_trainers_store_does_not_answer() {
+    let world = World::in_a_window();
+    let trainer = Trainer::of(&world);
+    trainer.first();
+    let options = ["--no-trainer", "--max-groups", "300"];
+    let run = world.mine(&options);
+    world.wait_for_groups(2);
+    processes::strike(run.pid(), Signal::SIGKILL);
+    assert_eq!(run.wait().code, None);
+    world.wait_for_the_end_of_all();
+    let broken = trainer.break_listings();
+    let run = world.mine(&options);
+    wait_until("the window goes on", || world.count("window_started") == 2);
+    let resumed = world.of_kind("window_started").remove(1);
+    assert!(resumed["recovered_groups"].as_u64().unwrap() >= 2 && resumed["checkpoint"] == FIRST.0, "{resumed}");
+    assert_eq!(world.ask_json(&["stop"])["gone"], true);
+    // `verify` asks the store, too.
+    broken.heal();
+    finish(&world, run);
+    assert_eq!(uploaded_with(&world), [BTreeSet::from([FIRST.0])]);
 }
 
 #[test]

@@ -20,6 +20,9 @@ use crate::fleet::control::SharedFacts;
 use crate::fleet::link::{Target, WorkerLink};
 use crate::journal::Event;
 
+/// How long a worker that is to take other weights waits for those before it.
+const TURN_PATIENCE: Duration = Duration::from_secs(10);
+
 #[derive(Debug)]
 pub(super) struct Slot<L: WorkerLink> {
     pub id: SlotId,
@@ -193,8 +196,8 @@ impl<L: WorkerLink> Follower<L> {
         let order = target.order(std::mem::take(&mut self.reads_anew));
         let (turn, limit) = (self.rolling.turn.clone(), self.limits.reload);
         let reload = async move {
-            // The semaphore is never closed.
-            let _turn = turn.acquire().await;
+            // One after the other reads fastest; but a worker that hangs must not hold up those that are well.
+            let _turn = tokio::time::timeout(TURN_PATIENCE, turn.acquire()).await;
             let result = worker.reload(order, limit).await;
             Change { worker, outcome: Outcome::Reloaded(result) }
         };
