@@ -44,10 +44,16 @@ find_python() {
     return 1
 }
 
-# The file `python` is written last, so its presence means that the folder is complete.
+# Version of the sympy in a folder, as an evaluator would import it.
+sympy_of() {
+    "$1" -I -S -c 'import sys; sys.path.append(sys.argv[1]); import sympy; print(sympy.__version__)' "$2" 2>/dev/null
+}
+
+# The file `python` is written last, so its presence means that the folder is complete; files that a loss of power emptied are not.
 is_ready() {
     local known
-    [ -f "$root/python" ] && known=$(cat "$root/python") && is_python_312 "$known" && [ -d "$root/site/sympy" ]
+    [ -f "$root/python" ] && known=$(cat "$root/python") && is_python_312 "$known" &&
+        [ "$(sympy_of "$known" "$root/site")" = "$sympy_version" ]
 }
 
 # The packages are plain Python, so any pip can install them.
@@ -104,14 +110,15 @@ main() {
     fi
     # Evaluators cannot write, so what they import must be compiled before.
     "$python" -I -S -m compileall -q "$staging/site" >&2 || die "$python could not compile sympy"
-    found=$("$python" -I -S -c 'import sys; sys.path.append(sys.argv[1]); import sympy; print(sympy.__version__)' "$staging/site") ||
-        die "$python cannot import the sympy that was installed"
+    found=$(sympy_of "$python" "$staging/site") || die "$python cannot import the sympy that was installed"
     [ "$found" = "$sympy_version" ] || die "sympy $found was installed, $sympy_version is needed"
     printf '%s\n' "$python" >"$staging/python"
     # What is there until now, if anything is, does not work; it is gone only when its successor is whole.
     if [ -e "$root" ]; then
         mv -T "$root" "$staging.old"
     fi
+    # Its files before its name.
+    sync -f "$staging"
     mv -T "$staging" "$root"
     trap - EXIT
     rm -rf "$staging.old"

@@ -298,8 +298,16 @@ impl Engine {
     /// in the store is not put again.
     async fn resume_sent(&mut self, parts: &Arc<WindowParts>) -> Result<Option<Outcome>, EngineError> {
         let plan = &parts.plan;
-        let Some((found, groups)) = spool::read_sent(&self.spool_dir, &SpoolHeader::of(plan))? else {
-            return Ok(None);
+        let (found, groups) = match spool::read_sent(&self.spool_dir, &SpoolHeader::of(plan)) {
+            Ok(Some(sent)) => sent,
+            Ok(None) => return Ok(None),
+            Err(error @ SpoolError::NotASpool { .. }) => {
+                // The store does not let a file be replaced, should there be one.
+                let kept = spool::set_aside(&spool::sent_path_of(&self.spool_dir, plan.window))?;
+                tracing::warn!(%error, kept = %kept.display(), "What lies in the place of a closed spool is set aside.");
+                return Ok(None);
+            }
+            Err(error) => return Err(error.into()),
         };
         let (window, key) = (plan.window, store::window_key(&plan.hotkey, plan.window));
         tracing::info!(%window, groups = groups.len(), %key, "The window's file may be in the store already.");

@@ -114,6 +114,19 @@ fn interpreters_that_do_not_run_or_are_others_are_none() {
     assert_says_how_to_get_python(&host.set_up());
 }
 
+#[test]
+fn packages_that_lost_their_content_are_not_reused() {
+    let python = fs::read_to_string(installed().join("python")).expect("an installation");
+    let host = Host::new(&[]);
+    host.install(Path::new(python.trim()));
+    assert!(said(&host.set_up()).contains("reused"));
+    // As after a loss of power: the names are there.
+    fs::remove_file(host.root().join("site")).expect("a link");
+    fs::create_dir_all(host.root().join("site/sympy")).expect("a folder");
+    fs::write(host.root().join("site/sympy/__init__.py"), "").expect("a file");
+    assert_says_how_to_get_python(&host.set_up());
+}
+
 #[tokio::test]
 async fn an_interpreter_that_has_gone_is_looked_for_again() {
     let host = Host::new(&[]);
