@@ -215,6 +215,8 @@ fn staged_changes_are_checked_before_they_touch_anything_and_lead_there_and_back
 #[test]
 #[ignore = "needs a GPU"]
 fn gpu_tests_of_changes() {
+    // Before libtorch looks for a device: it remembers that there was none.
+    assert!(matches!(crate::gpu::enable(), crate::gpu::GpuSupport::Loaded { .. }), "no CUDA library");
     copies_take_changes_on(Device::Cuda(0));
     staged_changes_lead_there_and_back_on(Device::Cuda(0));
 }
