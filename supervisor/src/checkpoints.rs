@@ -41,10 +41,14 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
-    /// Whether the trainer's store gave no answer: what it would have said may be known from before.
+    /// Whether the trainer's store gave no answer that speaks against `known`, which it named before.
     #[must_use]
-    pub const fn is_of_the_store(&self) -> bool {
-        matches!(self, Self::Choose(ChooseError::Store(_)) | Self::Metadata { .. })
+    pub fn leaves_open(&self, known: CheckpointWindow) -> bool {
+        match self {
+            Self::Choose(ChooseError::Store(_)) => true,
+            Self::Metadata { checkpoint, .. } => *checkpoint == known,
+            _ => false,
+        }
     }
 
     /// Whether what was published is at fault: the next checkpoint may be whole again, so a miner waits for it.
@@ -232,6 +236,9 @@ impl Checkpoints {
     /// A checkpoint as it lies in the cache, every file verified, without a word of the trainer's store; `None` if it is not whole.
     pub async fn cached(&self, checkpoint: CheckpointWindow) -> Option<Arc<ReadyCheckpoint>> {
         let _turn = self.0.turn.lock().await;
+        if let Some(ready) = self.known().ready.get(&checkpoint) {
+            return Some(ready.clone());
+        }
         self.hold(checkpoint).await;
         let cache = self.0.cache.clone();
         let entry = tokio::task::spawn_blocking(move || cache.inspect(checkpoint)).await.ok()?;

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use grail_process::with_causes;
 use grail_protocol::constants::ROLLOUTS_PER_PROBLEM;
 use grail_protocol::gate::TimeGate;
-use grail_protocol::ids::{BlockNumber, CheckpointWindow, GroupIndex, WindowStart};
+use grail_protocol::ids::{BlockNumber, CheckpointWindow, GroupIndex, Hotkey, WindowStart};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -49,6 +49,8 @@ pub struct Engine {
     pub gate: TimeGate,
     pub journal: Journal,
     pub clock: Clock,
+    /// Whose windows these are.
+    pub hotkey: Hotkey,
     /// Zero of the progress display's milliseconds.
     pub started: Instant,
 }
@@ -155,6 +157,10 @@ enum GivenUp {
     Fleet(FleetError),
 }
 
+/// How long the store is asked, at least, for a file that may be there.
+const LEAST_LOOK: Duration = Duration::from_secs(15);
+/// Blocks of a window.
+const WINDOW_LENGTH_BLOCKS: u32 = 30;
 /// What is kept free for closing a window, in averages of what it took.
 const CLOSING_MARGIN: f64 = 1.5;
 /// Blocks beside that.
@@ -180,6 +186,7 @@ impl Engine {
             return Ok(outcome);
         }
         let head = self.chain.head().await?;
+        let is_from_its_begin = head.block.0 <= parts.plan.window.block().0 + 1;
         let mut running = self.begin(parts, head).await?;
         let filled = self.fill(&mut running, stop, fleet).await;
         let closing = Instant::now();
@@ -191,9 +198,9 @@ impl Engine {
             filled?;
             return self.set_aside(running, by);
         }
-        if running.next == GroupIndex(0) && running.groups.is_empty() {
-            // Not one group was admitted. If that was for their average time, no group would ever correct it.
-            self.gate.forget_groups();
+        if running.groups.is_empty() && is_from_its_begin && !stop.is_stopping() {
+            // No group was ready in a whole window. If that was for what was measured, nothing would ever correct it.
+            self.gate.forget();
         }
         // Whatever ended the window, what is spooled goes out first.
         let outcome = self.finish(running, closing).await;
@@ -298,50 +305,39 @@ impl Engine {
     /// in the store is not put again.
     async fn resume_sent(&mut self, parts: &Arc<WindowParts>) -> Result<Option<Outcome>, EngineError> {
         let plan = &parts.plan;
+        let (window, closed) = (plan.window, spool::sent_path_of(&self.spool_dir, plan.window));
         let (found, groups) = match spool::read_sent(&self.spool_dir, &SpoolHeader::of(plan)) {
             Ok(Some(sent)) => sent,
             Ok(None) => return Ok(None),
             Err(error @ SpoolError::NotASpool { .. }) => {
                 // The store does not let a file be replaced, should there be one.
-                let kept = spool::set_aside(&spool::sent_path_of(&self.spool_dir, plan.window))?;
+                let kept = spool::set_aside(&closed)?;
                 tracing::warn!(%error, kept = %kept.display(), "What lies in the place of a closed spool is set aside.");
                 return Ok(None);
             }
             Err(error) => return Err(error.into()),
         };
-        let (window, key) = (plan.window, store::window_key(&plan.hotkey, plan.window));
+        let key = store::window_key(&plan.hotkey, window);
         tracing::info!(%window, groups = groups.len(), %key, "The window's file may be in the store already.");
-        let lost = |reason: &str, groups| Outcome::Lost { groups, reason: reason.to_owned() };
-        if found.is_superseded_by(&SpoolHeader::of(plan)) {
-            return Ok(if self.withdraw(parts).await? {
-                None
-            } else {
-                Some(
-                    self.note_lost(
-                        window,
-                        lost("what the store holds of it could not be withdrawn in time", groups.len()),
-                    ),
-                )
-            });
+        if found.checkpoint != plan.checkpoint {
+            let is_gone = self.withdraw(window, plan.deadline).await?;
+            let reason = "its file was made with another checkpoint and could not be taken out of the store in time";
+            return Ok((!is_gone).then(|| self.lost(window, groups.len(), reason)));
         }
-        let limit = self.clock.instant_of(plan.deadline);
+        // To look does no harm behind the deadline.
+        let limit = self.clock.instant_of(plan.deadline).max(Instant::now() + LEAST_LOOK);
         let Ok(stored) = tokio::time::timeout_at(limit, self.store.stored(&key)).await else {
-            return Ok(Some(
-                self.note_lost(window, lost("the store did not answer before the deadline", groups.len())),
-            ));
+            return Ok(Some(self.lost(window, groups.len(), "the store did not answer before the deadline")));
         };
         let Some((content, at)) = stored else {
-            return self.send(parts, groups, None, Instant::now()).await.map(Some);
+            return self.send_what_was_closed(parts, &found, groups).await;
         };
-        let ours: HashSet<i64> = groups.iter().map(|group| group.group.0).collect();
-        let of_file = |content| grail_protocol::window_file::read_bytes(content).ok();
-        let of_rows = of_file(content.clone())
-            .map(|file| file.rows.iter().filter_map(|row| row.rollout_group).collect::<HashSet<i64>>());
-        let Some(sent) = of_rows.filter(|sent| !sent.is_empty() && sent.is_subset(&ours)) else {
-            return Ok(Some(self.note_lost(window, lost("the store holds another file under its name", groups.len()))));
+        let sent = groups_in(&content).filter(|sent| is_made_of(sent, &groups));
+        let Some(sent) = sent else {
+            return Ok(Some(self.lost(window, groups.len(), "the store holds another file under its name")));
         };
         if at > plan.deadline {
-            return Ok(Some(self.note_lost(window, lost("it was stored after the deadline", sent.len()))));
+            return Ok(Some(self.lost(window, sent.len(), "it was stored after the deadline")));
         }
         let (groups, bytes) = (sent.len(), content.len());
         tracing::info!(%window, groups, bytes, %key, "The window is in the store already.");
@@ -350,31 +346,69 @@ impl Engine {
         Ok(Some(Outcome::Uploaded { groups, bytes, key: key.to_string(), file }))
     }
 
-    fn note_lost(&mut self, window: WindowStart, outcome: Outcome) -> Outcome {
-        if let Outcome::Lost { groups, reason } = &outcome {
-            tracing::error!(%window, groups, reason, "The window is lost.");
-            self.journal.record(Event::WindowLost { window, reason: reason.clone() });
+    /// Puts what a crash kept from the store, unless the rule or the policy is another one by now; then the window begins anew.
+    async fn send_what_was_closed(
+        &mut self,
+        parts: &Arc<WindowParts>,
+        found: &SpoolHeader,
+        groups: Vec<SpooledGroup>,
+    ) -> Result<Option<Outcome>, EngineError> {
+        let window = parts.plan.window;
+        let other = self.last_look(parts).await;
+        if other.is_some() || found.is_superseded_by(&SpoolHeader::of(&parts.plan)) {
+            let kept = spool::set_aside(&spool::sent_path_of(&self.spool_dir, window))?;
+            tracing::warn!(%window, groups = groups.len(), kept = %kept.display(),
+                "What was to be uploaded is of another checkpoint or policy by now; it is set aside.");
+            return Ok(other.map(|by| {
+                self.journal.record(Event::WindowRestarted { window, checkpoint: by, groups: groups.len() });
+                Outcome::Superseded { by, groups: groups.len() }
+            }));
         }
-        outcome
+        let closing = Instant::now();
+        // The same bytes, if they are here: whatever the dead process may still bring to the store is then the same file.
+        let file = seal::copy_path(&self.windows_dir, parts);
+        let copy = std::fs::read(&file).ok().map(Bytes::from);
+        match copy
+            .and_then(|content| Some((groups_in(&content).filter(|sent| is_made_of(sent, &groups))?.len(), content)))
+        {
+            Some((sent, content)) => Ok(Some(self.upload(parts, content, (sent, file), closing).await)),
+            None => self.send(parts, groups, None, closing).await.map(Some),
+        }
+    }
+
+    fn lost(&mut self, window: WindowStart, groups: usize, reason: &str) -> Outcome {
+        tracing::error!(%window, groups, reason, "The window is lost.");
+        self.journal.record(Event::WindowLost { window, reason: reason.to_owned() });
+        Outcome::Lost { groups, reason: reason.to_owned() }
     }
 
     /// Takes a window's file out of the store again, because the rule names another checkpoint for it: a file of the wrong one costs
-    /// many windows, none costs this one. Whether it is gone in time; then the window may begin anew.
+    /// many windows, none costs this one. Whether it is gone before `deadline`, so that the window may begin anew; if not, it is
+    /// tried on for the length of a window, in which validators may still come to see it.
     ///
     /// # Errors
     /// If its spool cannot be set aside.
-    pub async fn withdraw(&mut self, parts: &WindowParts) -> Result<bool, EngineError> {
-        let plan = &parts.plan;
-        let (window, key) = (plan.window, store::window_key(&plan.hotkey, plan.window));
-        let limit = self.clock.instant_of(plan.deadline);
-        if tokio::time::timeout_at(limit, self.store.withdraw(&key)).await.is_err() {
+    pub async fn withdraw(&mut self, window: WindowStart, deadline: SystemTime) -> Result<bool, EngineError> {
+        let key = store::window_key(&self.hotkey, window);
+        tracing::warn!(%window, %key,
+            "The window's file was made with another checkpoint than the rule names now; it is taken out of the store.");
+        // First: a crash behind it finds the closed spool of a window that is not uploaded, and comes here again.
+        self.journal.record(Event::WindowWithdrawn { window, key: key.to_string() });
+        let limit = self.clock.instant_of(deadline);
+        let last = limit + self.chain.nominal_block_time() * WINDOW_LENGTH_BLOCKS;
+        let (store, removed) = (self.store.clone(), key.clone());
+        let removal = tokio::spawn(tokio::time::timeout_at(last, async move { store.withdraw(&removed).await }));
+        let is_gone = matches!(tokio::time::timeout_at(limit, removal).await, Ok(Ok(Ok(()))));
+        if !is_gone {
+            tracing::error!(%window, %key, "The file is not taken out of the store yet; trying on.");
             return Ok(false);
         }
-        // Only now: a crash in between must find what is in the store.
-        let kept = spool::set_aside(&spool::sent_path_of(&self.spool_dir, window))?;
-        tracing::warn!(%window, %key, kept = %kept.display(),
-            "The window's file was made with another checkpoint than the rule names now; it is taken out of the store.");
-        self.journal.record(Event::WindowWithdrawn { window, key: key.to_string() });
+        let closed = spool::sent_path_of(&self.spool_dir, window);
+        // One that could not be closed lies under its own name, and is found to be superseded.
+        if closed.exists() {
+            let kept = spool::set_aside(&closed)?;
+            tracing::info!(%window, kept = %kept.display(), "What was in the withdrawn file is kept for inspection.");
+        }
         Ok(true)
     }
 
@@ -617,10 +651,21 @@ impl Engine {
                 if error.is_for_want_of_time() {
                     self.gate.upload_was_late();
                 }
-                self.note_lost(window, Outcome::Lost { groups, reason: with_causes(&error) })
+                self.lost(window, groups, &with_causes(&error))
             }
         }
     }
+}
+
+/// The groups of a window file; `None` if it is none.
+fn groups_in(content: &Bytes) -> Option<HashSet<i64>> {
+    let file = grail_protocol::window_file::read_bytes(content.clone()).ok()?;
+    Some(file.rows.iter().filter_map(|row| row.rollout_group).collect())
+}
+
+/// Whether a file's groups are all of ours; those that did not pass the last check are not in it.
+fn is_made_of(sent: &HashSet<i64>, groups: &[SpooledGroup]) -> bool {
+    !sent.is_empty() && sent.iter().all(|sent| groups.iter().any(|group| group.group.0 == *sent))
 }
 
 /// Bounds for a generation server that is kept at `requests`, and `workers` that prove: what is generated ahead of the proofs is as
@@ -630,4 +675,22 @@ pub fn flow_limits(requests: usize, groups: Option<usize>, workers: usize) -> (I
     let at_once = requests.div_ceil(ROLLOUTS_PER_PROBLEM);
     let generating = groups.map_or(at_once, |groups| groups.clamp(1, at_once));
     (IntakeLimits { requests, groups }, 2 * generating + workers * crate::proofs::IN_FLIGHT_PER_WORKER)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_open_is_bounded_by_requests_workers_and_the_operator() {
+        let limits = |requests, groups, workers| {
+            let (intake, open) = flow_limits(requests, groups, workers);
+            assert_eq!(intake, IntakeLimits { requests, groups });
+            open
+        };
+        assert_eq!(limits(512, None, 4), 64 + 8);
+        assert_eq!(limits(512, Some(72), 4), 64 + 8, "more groups than requests are of no use");
+        assert_eq!(limits(512, Some(1), 4), 2 + 8);
+        assert_eq!(limits(1, None, 1), 2 + 2);
+    }
 }

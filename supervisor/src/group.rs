@@ -322,3 +322,29 @@ fn sign(
         rollouts,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_near_the_bound_is_refused_where_a_validator_may_see_it_beyond() {
+        let end = |probability, completion_length| CompletionEnd {
+            completion_length,
+            max_new_tokens: 64,
+            last_token: Some(TokenId(2)),
+            eos_token: Some(TokenId(2)),
+            eos_probability: Some(probability),
+        };
+        for (probability, dtype, is_refused) in [
+            (0.021, "bfloat16", true),
+            (0.0229, "bfloat16", true),
+            (0.0232, "bfloat16", false),
+            (0.021, "float32", false),
+        ] {
+            assert!(end(probability, 40).is_valid(), "by itself it is an end");
+            assert_eq!(ends_too_near(&end(probability, 40), dtype), is_refused, "{probability} in {dtype}");
+        }
+        assert!(!ends_too_near(&end(0.0, 64), "bfloat16"), "the full length is an end whatever the token");
+    }
+}

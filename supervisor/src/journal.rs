@@ -183,15 +183,15 @@ impl Journal {
         let written = serde_json::to_vec(&line).map_err(io::Error::from).and_then(|mut text| {
             text.push(b'\n');
             // Children's events are written through a file of their own: its half line must not swallow an upload.
-            let is_upload = matches!(line.event, Event::WindowUploaded { .. });
-            if self.torn || is_upload && ends_inside_a_line(&mut self.file)? {
+            let is_of_the_store = matches!(line.event, Event::WindowUploaded { .. } | Event::WindowWithdrawn { .. });
+            if self.torn || is_of_the_store && ends_inside_a_line(&mut self.file)? {
                 text.insert(0, b'\n');
             }
             self.torn = true;
             self.file.write_all(&text)?;
             self.torn = false;
             // A confirmed upload must be known after a power loss: the window must not be put again.
-            if is_upload { self.file.sync_data() } else { Ok(()) }
+            if is_of_the_store { self.file.sync_data() } else { Ok(()) }
         });
         // The journal informs; the spool is the truth. A full disk must not stop the window over it.
         if let Err(error) = written {

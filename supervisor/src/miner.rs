@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use grail_environments::{Environment, EnvironmentId, Split, ThinkingMode};
 use grail_protocol::constants::DEADLINE_SLACK_SECONDS;
@@ -12,7 +12,7 @@ use grail_protocol::keys::Keypair;
 
 use crate::beacon::Beacon;
 use crate::chain::{Chain, ChainError, Head};
-use crate::checkpoints::{CheckpointError, Checkpoints, ReadyCheckpoint};
+use crate::checkpoints::{CheckpointError, CheckpointRule, Checkpoints, ReadyCheckpoint};
 use crate::engine::{Engine, EngineError, Outcome, StopSignals};
 use crate::environments::{EnvironmentSource, SourceError};
 use crate::fleet::{Fleet, FleetError};
@@ -110,7 +110,10 @@ impl Unmined {
 /// A window whose file is in the store and that is not over.
 #[derive(Debug)]
 struct Sent {
-    parts: Arc<WindowParts>,
+    window: WindowStart,
+    deadline: SystemTime,
+    /// Says when another checkpoint turns out to be the window's.
+    rule: Arc<dyn CheckpointRule>,
     /// The last window that was done before it.
     before: Option<WindowStart>,
 }
@@ -143,17 +146,19 @@ impl Miner {
             () = stop.stopping() => {}
         }
         let mut unmined = Unmined::default();
-        let mut sent: Option<Sent> = None;
+        let mut sent = self.sent_before(done).await?;
         while windows.is_none_or(|windows| summary.uploaded.len() < windows) {
             let next = tokio::select! {
                 next = self.next_window(done, &stop) => next?,
                 by = late_answer(sent.as_ref()) => {
-                    if let Some(Sent { parts, before }) = sent.take()
-                        && self.engine.withdraw(&parts).await?
-                    {
-                        done = before;
-                        summary.uploaded.pop();
-                        unmined.note(parts.plan.window, over_before_anew(by));
+                    if let Some(Sent { window, deadline, before, .. }) = sent.take() {
+                        summary.uploaded.retain(|(uploaded, ..)| *uploaded != window);
+                        if self.engine.withdraw(window, deadline).await? {
+                            done = before;
+                            unmined.note(window, over_before_anew(by));
+                        } else {
+                            summary.lost += 1;
+                        }
                     }
                     continue;
                 }
@@ -206,7 +211,8 @@ impl Miner {
             match outcome {
                 Outcome::Uploaded { groups, file, .. } => {
                     summary.uploaded.push((window, groups, file));
-                    sent = Some(Sent { parts, before });
+                    let (deadline, rule) = (parts.plan.deadline, parts.rule.clone());
+                    sent = Some(Sent { window, deadline, rule, before });
                 }
                 Outcome::Empty { dropped } => {
                     self.skip(window, format!("no group was ready in time, {dropped} were dropped"));
@@ -275,7 +281,7 @@ impl Miner {
         window: WindowStart,
         error: &CheckpointError,
     ) -> Option<(Arc<ReadyCheckpoint>, SpoolHeader)> {
-        let header = self.spooled(window).filter(|_| error.is_of_the_store())?;
+        let header = self.spooled(window).filter(|header| error.leaves_open(header.checkpoint))?;
         let checkpoint = self.checkpoints.cached(header.checkpoint).await?;
         tracing::warn!(%window, checkpoint = %header.checkpoint, error = with_causes(error),
             "The trainer's store does not answer; the window goes on with the checkpoint that it was begun with.");
@@ -287,6 +293,20 @@ impl Miner {
         let uploads = crate::journal::uploads(self.state.root());
         let uploads = uploads.inspect_err(|error| tracing::warn!(%error, "The journal cannot be read."));
         uploads.unwrap_or_default().into_keys().next_back()
+    }
+
+    /// The window that an earlier life has uploaded, if it is not over: another checkpoint may still turn out to be its own.
+    async fn sent_before(&self, done: Option<WindowStart>) -> Result<Option<Sent>, ChainError> {
+        let Some(window) = done.filter(|window| spool::sent_path_of(&self.engine.spool_dir, *window).exists()) else {
+            return Ok(None);
+        };
+        if self.chain.head().await?.block >= window.end() {
+            return Ok(None);
+        }
+        let Some(header) = self.spooled(window) else { return Ok(None) };
+        let deadline = deadline_of(self.chain.expected_time(window.end()).await?);
+        let rule = self.checkpoints.rule(window, header.checkpoint);
+        Ok(Some(Sent { window, deadline, rule, before: None }))
     }
 
     /// Waits for a window after `done`; `None` when told to stop.
@@ -419,7 +439,7 @@ impl Miner {
             sampling: policy.generation,
             dtype: self.fleet.dtype(),
             dataset_rows: self.environments.rows_path(environment),
-            deadline: end - Duration::from_secs_f64(-DEADLINE_SLACK_SECONDS),
+            deadline: deadline_of(end),
         })
     }
 
@@ -429,6 +449,11 @@ impl Miner {
     }
 }
 
+/// The last moment at which a file counts, of a window that ends at `end`.
+fn deadline_of(end: SystemTime) -> SystemTime {
+    end - Duration::from_secs_f64(-DEADLINE_SLACK_SECONDS)
+}
+
 fn over_before_anew(by: CheckpointWindow) -> String {
     format!("it was over before it could begin anew with checkpoint {by}")
 }
@@ -436,7 +461,7 @@ fn over_before_anew(by: CheckpointWindow) -> String {
 /// The checkpoint that turns out to be that of a window whose file is in the store already, if that ever happens.
 async fn late_answer(sent: Option<&Sent>) -> CheckpointWindow {
     match sent {
-        Some(sent) => sent.parts.rule.other().await,
+        Some(sent) => sent.rule.other().await,
         None => std::future::pending().await,
     }
 }

@@ -213,13 +213,18 @@ fn check(
     Ok(cheap_checks(&file, &CheapCheck { context: &context, prompts: &prompts, proof: &proof }))
 }
 
+/// Where the copy of a window's file is kept in `folder`.
+#[must_use]
+pub fn copy_path(folder: &Path, parts: &WindowParts) -> PathBuf {
+    folder.join(format!("{}-window-{}.parquet", parts.plan.hotkey, parts.plan.window))
+}
+
 /// Keeps the file beside its context in `folder`, where `verify` finds both.
 ///
 /// # Errors
 /// If the disk refuses.
 pub fn keep_copy(folder: &Path, parts: &WindowParts, content: &Bytes) -> Result<PathBuf, SealError> {
-    let plan = &parts.plan;
-    let path = folder.join(format!("{}-window-{}.parquet", plan.hotkey, plan.window));
+    let path = copy_path(folder, parts);
     let keep = |source| SealError::Keep { path: path.clone(), source };
     std::fs::create_dir_all(folder).map_err(keep)?;
     durable::write(&path, content).map_err(keep)?;

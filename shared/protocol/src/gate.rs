@@ -13,8 +13,8 @@ const UNMEASURED_GROUP_BLOCKS: f64 = 6.0;
 /// Blocks that an upload is taken to need before the first one was measured.
 const UNMEASURED_UPLOAD_BLOCKS: f64 = 1.0;
 
-/// Blocks that an upload is given at most because earlier ones were late.
-const MOST_LATE_UPLOAD_BLOCKS: f64 = 10.0;
+/// Blocks that an upload is given at most, whatever earlier ones took.
+const MOST_UPLOAD_BLOCKS: f64 = 10.0;
 
 /// Exponential moving average; the first sample starts it unless a value was given.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -78,22 +78,23 @@ impl TimeGate {
         self.group_seconds.add(took.as_secs_f64().min(MINER_GROUP_SECONDS_CAP));
     }
 
-    /// Notes the time that one upload took.
+    /// Notes the time that one upload took; at most ten blocks count, since it may have waited for a store that was away, and a window
+    /// must have room for more than its upload.
     pub fn record_upload(&mut self, took: Duration) {
-        self.upload_seconds.add(took.as_secs_f64());
+        self.upload_seconds.add(took.as_secs_f64().min(MOST_UPLOAD_BLOCKS * self.block_seconds));
     }
 
     /// Notes that an upload was late: the next one is given twice the time, up to ten blocks. A failure takes as long as it is let, so
     /// its own time says nothing.
     pub fn upload_was_late(&mut self) {
         let before = self.upload_seconds();
-        let most = MOST_LATE_UPLOAD_BLOCKS * self.block_seconds;
+        let most = MOST_UPLOAD_BLOCKS * self.block_seconds;
         self.upload_seconds = MovingAverage(Some((2.0 * before).min(most).max(before)));
     }
 
-    /// Forgets what groups took: an average that admits none would never be corrected.
-    pub fn forget_groups(&mut self) {
-        self.group_seconds = MovingAverage::default();
+    /// Forgets what groups and uploads took: averages that leave no time for a group would never be corrected.
+    pub fn forget(&mut self) {
+        (self.group_seconds, self.upload_seconds) = Default::default();
     }
 
     /// Average seconds of an upload; one block before the first was measured.
@@ -180,10 +181,11 @@ mod tests {
             given.push(gate.upload_seconds());
         }
         assert_eq!(given, [12.0, 24.0, 48.0, 96.0, 120.0, 120.0]);
+        let mut gate = TimeGate::new(0);
         gate.record_upload(seconds(300));
-        let before = gate.upload_seconds();
-        gate.upload_was_late();
-        assert_eq!(gate.upload_seconds(), before, "never less than was measured");
+        assert_eq!(gate.upload_seconds(), 120.0, "it leaves room for groups");
+        gate.record_group(seconds(100));
+        assert!(gate.admits(window(), BlockNumber(WINDOW)));
     }
 
     #[test]
@@ -191,7 +193,7 @@ mod tests {
         let mut gate = TimeGate::default();
         gate.record_group(seconds(360));
         assert!(!gate.admits(window(), BlockNumber(WINDOW + 1)));
-        gate.forget_groups();
+        gate.forget();
         assert!(gate.admits(window(), BlockNumber(WINDOW + 1)));
     }
 

@@ -147,6 +147,7 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
     let delegation = delegation.await.map_err(CommandError::Task)?.map(Arc::new);
     let (notes, events) = mpsc::unbounded_channel();
     let started = Instant::now();
+    let signer = Arc::new(Keypair::from_uri(DEMO_HOTKEY_URI)?);
     let engine = Engine {
         chain: chain.clone(),
         store: WindowStore::new(objects, settings.upload_timeout),
@@ -156,6 +157,7 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
         gate,
         journal,
         clock,
+        hotkey: signer.hotkey().clone(),
         started,
     };
     let cache = CheckpointCache::open(state.checkpoints())?;
@@ -175,7 +177,7 @@ pub async fn open(settings: &LocalSettings) -> Result<LocalWorld, CommandError> 
         checkpoints,
         environments,
         fleet,
-        signer: Arc::new(Keypair::from_uri(DEMO_HOTKEY_URI)?),
+        signer,
         progress: progress.clone(),
         state,
         chain,

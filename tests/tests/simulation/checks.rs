@@ -72,6 +72,13 @@ fn one_window(
     Ok(())
 }
 
+/// Whether the store holds a file of `window`.
+pub fn is_there(world: &World, window: WindowStart) -> bool {
+    let key = window_key(fixtures().signer.hotkey(), window);
+    let store = WindowStore::new(world.store.clone(), Duration::from_secs(90));
+    futures::executor::block_on(store.get(&key)).is_ok()
+}
+
 /// Rows of the stored file by group.
 pub fn read(world: &World, window: WindowStart) -> Result<BTreeMap<i64, Vec<ReadRow>>, String> {
     let key = window_key(fixtures().signer.hotkey(), window);

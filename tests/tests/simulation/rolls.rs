@@ -138,15 +138,19 @@ impl Rolls {
                     let parts = Arc::new(parts);
                     let outcome = engine.run_window(parts.clone(), &StopSignals::default(), fleet).await?;
                     checkpoints.let_go();
+                    let is_uploaded = matches!(outcome, Outcome::Uploaded { .. });
                     let begins_anew = match outcome {
                         Outcome::Superseded { .. } => true,
                         Outcome::Uploaded { .. } => {
                             let is_late = tokio::time::timeout_at(over, parts.rule.other()).await.is_ok();
-                            is_late && engine.withdraw(&parts).await?
+                            is_late && engine.withdraw(window, parts.plan.deadline).await?
                         }
                         _ => false,
                     };
                     if !begins_anew {
+                        if is_uploaded && tokio::time::Instant::now() >= over {
+                            world.store.log.add(Seen::Over(window.block().0));
+                        }
                         break;
                     }
                 }
@@ -207,14 +211,20 @@ impl Rolls {
         proved: &mut Proved,
     ) -> Result<Option<CheckpointWindow>, String> {
         let key = window_key(fixtures().signer.hotkey(), window).to_string();
-        if !self.world.is_uploaded(window) {
-            return Ok(None);
+        let is_there = checks::is_there(&self.world, window);
+        if is_there != self.world.is_uploaded(window) {
+            return Err(format!("a file in the store: {is_there}, which the journal has otherwise"));
         }
         let log = self.world.store.log.all();
-        let Some(put) = log.iter().rposition(|seen| *seen == Seen::Put(key.clone())) else { return Ok(None) };
-        let listed = log[..put].iter().rev().find_map(|seen| match seen {
+        if !is_there {
+            return Ok(None);
+        }
+        let put = log.iter().rposition(|seen| *seen == Seen::Put(key.clone())).ok_or("a file that nobody put")?;
+        // Until the window was over, where the same life saw that; else a crash came, and nobody looked any more.
+        let looked = log.iter().rposition(|seen| *seen == Seen::Over(window.block().0)).unwrap_or(put);
+        let listed = log[..looked].iter().rev().find_map(|seen| match seen {
             Seen::Listed(keys) => Some(keys),
-            Seen::Put(_) => None,
+            Seen::Put(_) | Seen::Over(_) => None,
         });
         let demanded = Self::demanded(window, listed.ok_or("uploaded without a listing")?);
         let demanded = demanded.ok_or("uploaded although no checkpoint was ready")?;

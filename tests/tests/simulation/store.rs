@@ -46,6 +46,8 @@ impl Log {
 pub enum Seen {
     Listed(Vec<String>),
     Put(String),
+    /// A window that is in the store, and whose life has seen its end.
+    Over(u64),
 }
 
 impl SimStore {

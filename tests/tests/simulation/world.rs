@@ -304,6 +304,7 @@ impl World {
             gate: TimeGate::new(1).with_block_time(self.pace.block),
             journal: Journal::open(&self.state_dir(), clock.clone()).unwrap(),
             clock: clock.clone(),
+            hotkey: fixtures().signer.hotkey().clone(),
             started: Instant::now(),
         }
     }
