@@ -70,6 +70,26 @@ fn a_file_that_is_in_the_store_when_a_late_marker_appears_is_taken_back_and_mine
 }
 
 #[test]
+fn a_file_of_an_earlier_life_is_taken_back_too() {
+    let world = World::in_a_window();
+    let trainer = Trainer::of(&world);
+    trainer.first();
+    let options = ["--no-trainer", "--max-groups", "2"];
+    let run = world.mine(&options);
+    wait_until("the window is in the store", || world.count("window_uploaded") == 1);
+    processes::strike(run.pid(), Signal::SIGKILL);
+    assert_eq!(run.wait().code, None);
+    world.wait_for_the_end_of_all();
+    trainer.full(CheckpointWindow(BEFORE), &trainer.demo.second, BEFORE);
+    let run = world.mine(&options);
+    wait_until("its file is taken back", || world.count("window_withdrawn") == 1);
+    wait_until("the window is in the store once more", || world.count("window_uploaded") == 2);
+    assert_eq!(world.ask_json(&["stop"])["gone"], true);
+    finish(&world, run);
+    assert_eq!(uploaded_with(&world).pop(), Some(BTreeSet::from([BEFORE])));
+}
+
+#[test]
 fn what_a_crash_left_goes_out_although_the_trainers_store_does_not_answer() {
     let world = World::in_a_window();
     let trainer = Trainer::of(&world);
