@@ -12,7 +12,7 @@
 #   profile       all cases of the 7B and 1.5B shapes with the baseline beside them, stages                                 5 min
 #   reload        other weights at 7B and 1.5B: folders and changes, second copy and in place                          5 to 9 min
 #   several       one worker on each of several GPUs, alone and together; only where there are several                      3 min
-#   candidates    kernels that no worker uses yet against torch's: deploy/gpu/candidates                                  3.5 min
+#   candidates    the attention kernel, and one that no worker uses yet (deploy/gpu/candidates), against torch's            3.5 min
 #
 # Without a step correctness, kernels, profile and reload run. Each has a time limit (LIMIT=SECONDS sets another) and writes its
 # results as it goes, to OUT (by default target/gpu-results): STEP.log, and numbers as JSON where a step has them. A step that fails
@@ -123,7 +123,7 @@ candidates() {
     # On a bare machine the first import takes long, and the scripts' watchdogs would count it.
     "$python" -c 'import torch; torch.zeros(1, device="cuda")' || return 1
     "$python" deploy/gpu/candidates/gate_up_silu.py --budget 90 --json "$out/gate_up_silu.json" || failed=1
-    "$python" deploy/gpu/candidates/attend.py --seconds 88 --out "$out" || failed=1
+    "$python" deploy/gpu/attend.py --seconds 88 --out "$out" || failed=1
     return $failed
 }
 

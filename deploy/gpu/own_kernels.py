@@ -4,7 +4,8 @@
     python3 deploy/gpu/own_kernels.py time [--shapes qwen2-7b,qwen2-1.5b] [--json FILE]
 
 `check` compiles them with NVRTC as the worker does, for all shapes of shared/model/cuda/options.txt, and prints what each kernel
-takes: registers, shared memory, spills. It needs no GPU; deploy/gpu/check-kernels.sh fetches NVRTC for it. A warning of the compiler
+takes: registers, shared memory, spills. attend.cu, which is for Hopper alone, is compiled for sm_90a where sm_90 is asked for; its
+shared memory is asked for at the launch. It needs no GPU; deploy/gpu/check-kernels.sh fetches NVRTC for it. A warning of the compiler
 and a spill are failures.
 
 `time` runs them on a GPU over two groups of usual length, compares each result with torch's own operations, and prints what share of
@@ -47,7 +48,7 @@ class Compiler:
         except OSError as error:
             sys.exit(f"no NVRTC ({error}): run deploy/gpu/check-kernels.sh, or install nvidia-cuda-nvrtc")
         self.sources = {}
-        for name in ("kernels.cu", "weights.cu"):
+        for name in ("kernels.cu", "weights.cu", ATTEND):
             with open(os.path.join(FOLDER, name), "rb") as file:
                 self.sources[name] = file.read()
 
@@ -92,9 +93,16 @@ def check(arguments):
     compiler, failures, document = Compiler(), [], []
     print("architecture, shape, and for each kernel its registers + bytes of shared memory")
     sources = [("kernels.cu", shape, macros) for shape, macros in shapes().items()] + [("weights.cu", "any", [])]
-    for architecture, (source, shape, macros) in itertools.product(arguments.architectures.split(","), sources):
-        names = KERNELS if source == "kernels.cu" else WEIGHT_KERNELS
-        threads = Threads(macros).of if macros else dict.fromkeys(WEIGHT_KERNELS, 256)
+    runs = list(itertools.product(arguments.architectures.split(","), sources))
+    if "90" in arguments.architectures.split(","):
+        runs += [("90a", (ATTEND, shape, macros)) for shape, macros in attend_shapes().items()]
+    for architecture, (source, shape, macros) in runs:
+        # Of attend.cu threads have other registers than those reported: it deals them out itself.
+        names, threads = {
+            "kernels.cu": lambda: (KERNELS, Threads(macros).of),
+            "weights.cu": lambda: (WEIGHT_KERNELS, dict.fromkeys(WEIGHT_KERNELS, 256)),
+            ATTEND: lambda: (["attend"], dict(attend=384)),
+        }[source]()
         image, log = compiler.compile(architecture, macros, source=source)
         _, report = compiler.compile(architecture, macros, ["--ptxas-options=-v"], source)
         found = resources(report)
@@ -116,6 +124,13 @@ def check(arguments):
     return not failures
 
 
+def attend_shapes():
+    """By shape, where heads are of 128: what the worker compiles attend.cu with."""
+    wanted = ("HEADS=", "KV_HEADS=", "HEAD_DIM=")
+    return {shape: [macro for macro in macros if macro.startswith(wanted)] for shape, macros in shapes().items() if "HEAD_DIM=128" in macros}
+
+
+ATTEND = "attend.cu"
 WEIGHT_KERNELS = ["sum_elements", "sum_differences", "copy_elements", "read_elements", "write_elements", "compare_elements"]
 KERNELS = ["residual_norm", "rotate_queries", "gather_keys", "silu_up", "choose", "select_buckets"]
 

@@ -1,8 +1,13 @@
-//! Attention of packed sequences by libtorch's kernels for sequences of various lengths.
+//! Attention of packed sequences: which kernel it is by, and libtorch's kernels for sequences of various lengths.
+
+use std::fmt;
+use std::path::Path;
 
 use tch::{Kind, TchError, Tensor};
 
 use super::ffi::{self, VarlenKernel};
+use super::hopper::Hopper;
+use super::kernels::Kernels;
 use super::layout::Layout;
 use crate::attention::HeadShape;
 
@@ -13,13 +18,51 @@ const EFFICIENT_SCHEMA: &str = "aten::_efficient_attention_forward(Tensor query,
 /// How a batch attends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Attention {
-    /// All sequences in one call.
+    /// All sequences in one call of the project's own kernel.
+    Hopper(Hopper),
+    /// All sequences in one call of libtorch.
     Varlen(VarlenKernel),
     /// One call for each sequence, with a mask where it continues another.
     PerSequence,
 }
 
+impl fmt::Display for Attention {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Hopper(_) => "hopper",
+            Self::Varlen(VarlenKernel::Flash) => "flash",
+            Self::Varlen(VarlenKernel::Efficient) => "efficient",
+            Self::PerSequence => "per sequence",
+        })
+    }
+}
+
 impl Attention {
+    /// The fastest that can be had; a warning says what is missing.
+    pub(super) fn choose(libraries: &Path, device: usize, kernels: &Kernels) -> Self {
+        let flash = match Self::flash() {
+            Ok(flash) => flash,
+            Err(reason) => {
+                tracing::warn!(
+                    reason,
+                    "Attention of packed sequences is left out; each sequence has a call of its own."
+                );
+                return Self::PerSequence;
+            }
+        };
+        let lane = kernels.enter().map_err(|error| crate::error::TorchError::from(error).detail);
+        match lane.and_then(|lane| Hopper::start(libraries, device, &kernels.dimensions, lane)) {
+            Ok(own) => own.map_or(flash, Self::Hopper),
+            Err(reason) => {
+                tracing::warn!(
+                    reason,
+                    "The attention kernel for Hopper is left out; libtorch's takes its place and is slower."
+                );
+                flash
+            }
+        }
+    }
+
     /// The flash kernel, or why it cannot be used.
     ///
     /// # Errors

@@ -15,14 +15,19 @@ use crate::gpu::BUILD;
 pub(super) struct Source {
     name: &'static CStr,
     text: &'static CStr,
+    /// Behind the number of the architecture: what of it no later card has.
+    features: &'static str,
 }
 
 /// The forward pass's source; see its head for the macros.
 pub(super) const FORWARD: Source =
-    Source { name: c"kernels.cu", text: c_source(concat!(include_str!("../../cuda/kernels.cu"), "\0")) };
+    Source { name: c"kernels.cu", text: c_source(concat!(include_str!("../../cuda/kernels.cu"), "\0")), features: "" };
 /// The source for weights where they lie; it has no macros.
 pub(super) const WEIGHTS: Source =
-    Source { name: c"weights.cu", text: c_source(concat!(include_str!("../../cuda/weights.cu"), "\0")) };
+    Source { name: c"weights.cu", text: c_source(concat!(include_str!("../../cuda/weights.cu"), "\0")), features: "" };
+/// The source of attention on Hopper alone; see its head for the macros.
+pub(super) const ATTEND: Source =
+    Source { name: c"attend.cu", text: c_source(concat!(include_str!("../../cuda/attend.cu"), "\0")), features: "a" };
 
 /// Bytes of the checksum before a kept image.
 const CHECKSUM_BYTES: usize = 16;
@@ -45,14 +50,14 @@ pub(super) fn image(
     source: Source,
     macros: &[String],
 ) -> Result<Vec<u8>, String> {
-    let options = options(capability, macros);
+    let options = options(source, capability, macros);
     let kept = cache_folder().map(|folder| folder.join(file_name(source, &options)));
     if let Some(image) = kept.as_deref().and_then(read) {
         return Ok(image);
     }
     let started = std::time::Instant::now();
     let image = compiler(libraries)?.compile(source.name, source.text, &c_strings(&options)?)?;
-    tracing::info!(?capability, bytes = image.len(), took = ?started.elapsed(), "Kernels compiled.");
+    tracing::info!(source = ?source.name, ?capability, bytes = image.len(), took = ?started.elapsed(), "Kernels compiled.");
     if let Some(path) = kept
         && let Err(error) = write(&path, &image)
     {
@@ -61,8 +66,8 @@ pub(super) fn image(
     Ok(image)
 }
 
-fn options((major, minor): (i32, i32), macros: &[String]) -> Vec<String> {
-    let architecture = format!("--gpu-architecture=sm_{major}{minor}");
+fn options(source: Source, (major, minor): (i32, i32), macros: &[String]) -> Vec<String> {
+    let architecture = format!("--gpu-architecture=sm_{major}{minor}{}", source.features);
     std::iter::once(architecture).chain(macros.iter().map(|definition| format!("-D{definition}"))).collect()
 }
 
@@ -144,13 +149,16 @@ mod tests {
 
     #[test]
     fn names_differ_by_source_card_and_shape() {
-        let of =
-            |source, capability, definition: &str| file_name(source, &options(capability, &[definition.to_owned()]));
+        let of = |source, capability, definition: &str| {
+            file_name(source, &options(source, capability, &[definition.to_owned()]))
+        };
         let name = |capability, definition: &str| of(FORWARD, capability, definition);
         assert_eq!(name((9, 0), "HIDDEN=64"), name((9, 0), "HIDDEN=64"));
         assert_ne!(name((9, 0), "HIDDEN=64"), name((8, 0), "HIDDEN=64"));
         assert_ne!(name((9, 0), "HIDDEN=64"), name((9, 0), "HIDDEN=128"));
         assert_ne!(name((9, 0), "HIDDEN=64"), of(WEIGHTS, (9, 0), "HIDDEN=64"));
+        assert_eq!(options(FORWARD, (9, 0), &[]), ["--gpu-architecture=sm_90"]);
+        assert_eq!(options(ATTEND, (9, 0), &[]), ["--gpu-architecture=sm_90a"]);
     }
 
     #[test]

@@ -54,6 +54,8 @@ struct Driver {
     set_context: unsafe extern "C" fn(*mut c_void) -> Status,
     load_module: unsafe extern "C" fn(*mut *mut c_void, *const c_void) -> Status,
     function: unsafe extern "C" fn(*mut *mut c_void, *mut c_void, *const c_char) -> Status,
+    set_function_attribute: unsafe extern "C" fn(*mut c_void, c_int, c_int) -> Status,
+    encode_tensor_map: Result<EncodeTensorMap, String>,
     launch: unsafe extern "C" fn(
         *mut c_void,
         c_uint,
@@ -75,10 +77,35 @@ struct Driver {
     error_text: unsafe extern "C" fn(Status, *mut *const c_char) -> Status,
 }
 
+/// `cuTensorMapEncodeTiled`: the map, kind of elements, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion in the
+/// cache, what is outside.
+type EncodeTensorMap = unsafe extern "C" fn(
+    *mut TensorMap,
+    c_int,
+    c_uint,
+    *mut c_void,
+    *const u64,
+    *const u64,
+    *const c_uint,
+    *const c_uint,
+    c_int,
+    c_int,
+    c_int,
+    c_int,
+) -> Status;
+
 const NOT_READY: Status = 600;
+const MULTIPROCESSORS: c_int = 16;
 const CAPABILITY_MAJOR: c_int = 75;
 const CAPABILITY_MINOR: c_int = 76;
 const EVENT_WITHOUT_TIMING: c_uint = 2;
+const MOST_DYNAMIC_SHARED_BYTES: c_int = 8;
+/// Of a tensor map: bf16, no interleave, 128-byte swizzle, 256-byte promotion in L2, zeros outside.
+const MAP_BF16: c_int = 9;
+const MAP_NO_INTERLEAVE: c_int = 0;
+const MAP_SWIZZLE_128: c_int = 3;
+const MAP_PROMOTION_256: c_int = 3;
+const MAP_ZEROS_OUTSIDE: c_int = 0;
 
 impl Driver {
     fn load() -> Result<Self, String> {
@@ -92,6 +119,9 @@ impl Driver {
                 set_context: library.function(c"cuCtxSetCurrent")?,
                 load_module: library.function(c"cuModuleLoadData")?,
                 function: library.function(c"cuModuleGetFunction")?,
+                set_function_attribute: library.function(c"cuFuncSetAttribute")?,
+                // Younger than the others, and only one kernel wants it.
+                encode_tensor_map: library.function(c"cuTensorMapEncodeTiled"),
                 launch: library.function(c"cuLaunchKernel")?,
                 event_create: library.function(c"cuEventCreate")?,
                 event_record: library.function(c"cuEventRecord")?,
@@ -157,14 +187,20 @@ impl Context {
 
     /// Compute capability, major and minor.
     pub(crate) fn capability(&self) -> Result<(i32, i32), TchError> {
+        Ok((self.attribute(CAPABILITY_MAJOR)?, self.attribute(CAPABILITY_MINOR)?))
+    }
+
+    /// Multiprocessors of the device.
+    pub(crate) fn multiprocessors(&self) -> Result<i32, TchError> {
+        self.attribute(MULTIPROCESSORS)
+    }
+
+    fn attribute(&self, number: c_int) -> Result<c_int, TchError> {
         let driver = Driver::get()?;
-        let attribute = |number| {
-            let mut value = 0;
-            // SAFETY: the pointer is valid for the write.
-            let status = unsafe { (driver.device_attribute)(&raw mut value, number, self.device) };
-            driver.check(status, "ask for the compute capability").map(|()| value)
-        };
-        Ok((attribute(CAPABILITY_MAJOR)?, attribute(CAPABILITY_MINOR)?))
+        let mut value = 0;
+        // SAFETY: the pointer is valid for the write.
+        let status = unsafe { (driver.device_attribute)(&raw mut value, number, self.device) };
+        driver.check(status, "ask what the device is").map(|()| value)
     }
 
     /// Loads an image of machine code; it stays for the life of the process.
@@ -226,7 +262,7 @@ impl Stream {
 }
 
 /// A kernel.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Function(*mut c_void);
 
 // SAFETY: a function is a handle into a module that is never unloaded.
@@ -234,16 +270,80 @@ unsafe impl Send for Function {}
 // SAFETY: as above.
 unsafe impl Sync for Function {}
 
+/// How a kernel fetches boxes of a tensor; a kernel takes it by value, as `CUtensorMap` of `cuda.h`.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub(crate) struct TensorMap([u64; 16]);
+
+/// A tensor of bf16 in three dimensions, the innermost first and without gaps, and the boxes that are fetched of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mapped {
+    /// In device memory, a multiple of 16.
+    pub address: u64,
+    /// In elements.
+    pub sizes: [u64; 3],
+    /// Of the second and the third dimension, in bytes: multiples of 16.
+    pub strides: [u64; 2],
+    /// In elements.
+    pub boxes: [u32; 3],
+}
+
+impl TensorMap {
+    /// The map, with 128-byte swizzle. Nothing is read or written through it here.
+    ///
+    /// # Errors
+    /// The driver does not know such maps, or refuses this one.
+    pub(crate) fn of(mapped: &Mapped) -> Result<Self, TchError> {
+        let driver = Driver::get()?;
+        let encode =
+            driver.encode_tensor_map.as_ref().map_err(|error| TchError::Torch(format!("CUDA driver: {error}")))?;
+        let mut map = Self([0; 16]);
+        // SAFETY: the map has the size and the alignment of a `CUtensorMap`, and the lists as many numbers as the rank asks for; the
+        // driver keeps the address as a number.
+        let status = unsafe {
+            encode(
+                &raw mut map,
+                MAP_BF16,
+                3,
+                std::ptr::with_exposed_provenance_mut(usize::try_from(mapped.address).unwrap_or_default()),
+                mapped.sizes.as_ptr(),
+                mapped.strides.as_ptr(),
+                mapped.boxes.as_ptr(),
+                [1; 3].as_ptr(),
+                MAP_NO_INTERLEAVE,
+                MAP_SWIZZLE_128,
+                MAP_PROMOTION_256,
+                MAP_ZEROS_OUTSIDE,
+            )
+        };
+        driver.check(status, "describe a tensor")?;
+        Ok(map)
+    }
+}
+
 /// One argument of a kernel.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Argument {
+pub(crate) enum Argument<'a> {
     /// Address in device memory; 0 is null.
     Address(u64),
     Int(i32),
     Wide(u64),
+    Map(&'a TensorMap),
 }
 
 impl Function {
+    /// Lets blocks of the kernel have as much dynamic shared memory; more than 48 KiB are not given without it.
+    ///
+    /// # Errors
+    /// The device has less.
+    pub(crate) fn allow_shared_bytes(self, bytes: u32) -> Result<(), TchError> {
+        let driver = Driver::get()?;
+        let bytes = c_int::try_from(bytes).map_err(|error| TchError::Torch(error.to_string()))?;
+        // SAFETY: the function is of a module that is never unloaded.
+        let status = unsafe { (driver.set_function_attribute)(self.0, MOST_DYNAMIC_SHARED_BYTES, bytes) };
+        driver.check(status, "give a kernel shared memory")
+    }
+
     /// Puts the kernel into `stream`.
     ///
     /// # Safety
@@ -252,8 +352,8 @@ impl Function {
     /// one context.
     pub(crate) unsafe fn launch(
         self,
-        Shape { blocks: (columns, lines), threads }: Shape,
-        arguments: &[Argument],
+        Shape { blocks: (columns, lines), threads, shared_bytes }: Shape,
+        arguments: &[Argument<'_>],
         stream: Stream,
     ) -> Result<(), TchError> {
         let driver = Driver::get()?;
@@ -263,11 +363,24 @@ impl Function {
             .map(|argument| match argument {
                 Argument::Address(value) | Argument::Wide(value) => std::ptr::from_ref(value).cast_mut().cast(),
                 Argument::Int(value) => std::ptr::from_ref(value).cast_mut().cast(),
+                Argument::Map(map) => std::ptr::from_ref::<TensorMap>(map).cast_mut().cast(),
             })
             .collect();
         // SAFETY: the driver copies the arguments before it returns; the rest is the caller's promise.
         let status = unsafe {
-            (driver.launch)(self.0, columns, lines, 1, threads, 1, 1, 0, stream.stream, places.as_mut_ptr(), null_mut())
+            (driver.launch)(
+                self.0,
+                columns,
+                lines,
+                1,
+                threads,
+                1,
+                1,
+                shared_bytes,
+                stream.stream,
+                places.as_mut_ptr(),
+                null_mut(),
+            )
         };
         driver.check(status, "launch a kernel")
     }

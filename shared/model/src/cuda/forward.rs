@@ -8,6 +8,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::Engine;
 use super::attention::{self, Attention};
 use super::ffi::{self, Event};
+use super::hopper::PreparedAttention;
 use super::kernels::{Angles, Kernels, Lane, TOP};
 use super::layout::{Layout, Predictions};
 use super::workspace::{Buffers, Workspace};
@@ -133,6 +134,13 @@ impl Results {
     }
 }
 
+/// How one batch attends.
+enum Way<'a> {
+    Hopper(Box<PreparedAttention>),
+    Varlen(ffi::VarlenKernel),
+    PerSequence(AttentionPlan<'a>),
+}
+
 /// The layers of one batch.
 struct Pass<'a> {
     kernels: &'a Kernels,
@@ -140,9 +148,7 @@ struct Pass<'a> {
     layout: &'a Layout,
     lane: Lane,
     buffers: Buffers,
-    kernel: Option<ffi::VarlenKernel>,
-    /// Set if there is no kernel for all sequences.
-    plan: Option<AttentionPlan<'a>>,
+    way: Way<'a>,
     key_sources: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -160,28 +166,19 @@ impl<'a> Pass<'a> {
     ) -> Result<Self, TchError> {
         let buffers = workspace.buffers(batch.len() as i64, layout.key_rows())?;
         let shape = HeadShape::of(&network.config);
-        let (kernel, plan) = match engine.attention {
-            Attention::Varlen(kernel) => (Some(kernel), None),
-            Attention::PerSequence => (None, Some(AttentionPlan::new(batch, shape, (network.kind, network.device))?)),
+        let way = match engine.attention {
+            Attention::Hopper(own) => Way::Hopper(Box::new(own.prepare(&buffers.qkv, &buffers.keys_values, layout)?)),
+            Attention::Varlen(kernel) => Way::Varlen(kernel),
+            Attention::PerSequence => {
+                Way::PerSequence(AttentionPlan::new(batch, shape, (network.kind, network.device))?)
+            }
         };
         let [cos, sin] = stage(Stage::Embed, || {
             select_rows(&network.embedding, &layout.tokens()?, &buffers.x)?;
             network.rope.rotation(&layout.positions()?, network.kind)?.into_parts()
         })?;
         let key_sources = layout.key_sources()?;
-        Ok(Self {
-            kernels: &engine.kernels,
-            network,
-            layout,
-            lane,
-            buffers,
-            kernel,
-            plan,
-            key_sources,
-            cos,
-            sin,
-            shape,
-        })
+        Ok(Self { kernels: &engine.kernels, network, layout, lane, buffers, way, key_sources, cos, sin, shape })
     }
 
     /// Hidden states behind the final norm, `[rows, hidden]`.
@@ -220,10 +217,10 @@ impl<'a> Pass<'a> {
         })?;
         let HeadShape { heads, kv_heads, head_dim } = self.shape;
         let query = qkv.f_view([-1, heads + 2 * kv_heads, head_dim])?.f_narrow(1, 0, heads)?;
-        let attended = stage(Stage::Attention, || match (&self.plan, self.kernel) {
-            (Some(plan), _) => plan.attend(&query, &keys_values.f_select(1, 0)?, &keys_values.f_select(1, 1)?),
-            (None, Some(kernel)) => attention::attend(kernel, &query, keys_values, self.layout, self.shape),
-            (None, None) => Err(TchError::Shape("a pass without a way to attend".to_owned())),
+        let attended = stage(Stage::Attention, || match &self.way {
+            Way::Hopper(prepared) => prepared.attend(self.lane).map(Tensor::shallow_clone),
+            Way::Varlen(kernel) => attention::attend(*kernel, &query, keys_values, self.layout, self.shape),
+            Way::PerSequence(plan) => plan.attend(&query, &keys_values.f_select(1, 0)?, &keys_values.f_select(1, 1)?),
         })?;
         stage(Stage::Projection, || linear(addend, &attended, &layer.output))
     }

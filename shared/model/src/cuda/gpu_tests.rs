@@ -3,7 +3,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{self, Attention};
-use super::ffi::{self, VarlenKernel};
+use super::ffi::{self, Context, VarlenKernel};
+use super::hopper::Hopper;
 use super::kernel_tests::{self, Subject, config, difference, poisoned_on, random_on};
 use super::kernels::{Angles, Dimensions, Kernels, Lane};
 use super::layout::{Layout, Predictions};
@@ -137,53 +138,128 @@ fn batch() -> PackedBatch {
     batch
 }
 
+/// Random queries, keys and values of a batch, and what attention makes of them.
+struct Attended {
+    shape: HeadShape,
+    /// `[rows, heads + 2 · kv_heads, head_dim]`, bf16.
+    qkv: Tensor,
+    /// In float32 and sequence by sequence: what all kernels approach.
+    exact: Tensor,
+    /// In bf16 and sequence by sequence.
+    plain: Tensor,
+}
+
+impl Attended {
+    fn of(config: &ModelConfig, batch: &PackedBatch) -> Self {
+        let shape = HeadShape::of(config);
+        let HeadShape { heads, kv_heads, head_dim } = shape;
+        let qkv = random_on(GPU, &[batch.len() as i64, heads + 2 * kv_heads, head_dim], 1.0);
+        let part = |first, count, kind| qkv.narrow(1, first, count).to_kind(kind);
+        let [exact, plain] = [Kind::Float, Kind::BFloat16].map(|kind| {
+            let plan = AttentionPlan::new(batch, shape, (kind, GPU)).unwrap();
+            let [query, key, value] = [(0, heads), (heads, kv_heads), (heads + kv_heads, kv_heads)]
+                .map(|(first, count)| part(first, count, kind));
+            plan.attend(&query, &key, &value).unwrap()
+        });
+        Self { shape, qkv, exact, plain }
+    }
+
+    fn query(&self) -> Tensor {
+        self.qkv.narrow(1, 0, self.shape.heads)
+    }
+
+    /// Keys and values as `layout` orders them.
+    fn keys_values(&self, layout: &Layout) -> Tensor {
+        let HeadShape { heads, kv_heads, .. } = self.shape;
+        let part = |first| self.qkv.narrow(1, first, kv_heads);
+        Tensor::stack(&[part(heads), part(heads + kv_heads)], 1).index_select(0, &layout.key_sources().unwrap())
+    }
+
+    fn error(&self, x: &Tensor) -> f64 {
+        ((x.to_kind(Kind::Float) - &self.exact).norm() / self.exact.norm()).double_value(&[])
+    }
+
+    fn assert_right(&self, attended: &Tensor, what: &str) {
+        let (error, plain) = (self.error(attended), self.error(&self.plain));
+        assert!(error < 1.2 * plain + 1e-4, "{what}: {error} {plain}");
+    }
+
+    fn assert_wrong(&self, attended: &Tensor, what: &str) {
+        let (error, plain) = (self.error(attended), self.error(&self.plain));
+        assert!(error > 10.0 * plain, "{what}: {error} {plain}");
+    }
+}
+
+fn layout_of(batch: &PackedBatch, attention: Attention) -> Layout {
+    Layout::new(batch, &Predictions::default(), attention, |numbers| ffi::upload(numbers, 0)).unwrap()
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn packed_attention_is_that_of_each_sequence() {
     assert_eq!(Attention::flash(), Ok(Attention::Varlen(VarlenKernel::Flash)));
     for config in configs() {
         let subject = Gpu::of(&config);
-        let shape = HeadShape::of(&config);
-        let HeadShape { heads, kv_heads, head_dim } = shape;
         let batch = batch();
-        let rows = batch.len() as i64;
-        let qkv = random_on(GPU, &[rows, heads + 2 * kv_heads, head_dim], 1.0);
-        let part = |first, count| qkv.narrow(1, first, count);
-        // In float32 and sequence by sequence: what all kernels approach.
-        let wide = |x: Tensor| x.to_kind(Kind::Float);
-        let exact = AttentionPlan::new(&batch, shape, (Kind::Float, GPU)).unwrap();
-        let exact = exact
-            .attend(&wide(part(0, heads)), &wide(part(heads, kv_heads)), &wide(part(heads + kv_heads, kv_heads)))
-            .unwrap();
-        let error = |x: &Tensor| ((wide(x.shallow_clone()) - &exact).norm() / exact.norm()).double_value(&[]);
-        let plain = AttentionPlan::new(&batch, shape, (Kind::BFloat16, GPU)).unwrap();
-        let plain = plain.attend(&part(0, heads), &part(heads, kv_heads), &part(heads + kv_heads, kv_heads)).unwrap();
-
+        let attended = Attended::of(&config, &batch);
+        let Attended { shape, qkv, .. } = &attended;
         // No rotation: angle zero.
-        let cos = Tensor::ones([rows, head_dim], (Kind::BFloat16, GPU));
-        let sin = Tensor::zeros([rows, head_dim], (Kind::BFloat16, GPU));
+        let angle = [batch.len() as i64, shape.head_dim];
+        let cos = Tensor::ones(angle, (Kind::BFloat16, GPU));
+        let sin = Tensor::zeros(angle, (Kind::BFloat16, GPU));
         for kernel in [VarlenKernel::Flash, VarlenKernel::Efficient] {
-            let upload = |numbers: &[i32]| ffi::upload(numbers, 0);
-            let layout = Layout::new(&batch, &Predictions::default(), Attention::Varlen(kernel), upload).unwrap();
-            let keys = Tensor::stack(&[part(heads, kv_heads), part(heads + kv_heads, kv_heads)], 1)
-                .index_select(0, &layout.key_sources().unwrap());
-            let attended = attention::attend(kernel, &part(0, heads), &keys, &layout, shape).unwrap();
-            assert!(
-                error(&attended) < 1.2 * error(&plain) + 1e-4,
-                "{kernel:?}: {} {}",
-                error(&attended),
-                error(&plain)
-            );
+            let layout = layout_of(&batch, Attention::Varlen(kernel));
+            let keys = attended.keys_values(&layout);
+            let attend = |keys: &Tensor| attention::attend(kernel, &attended.query(), keys, &layout, *shape).unwrap();
+            attended.assert_right(&attend(&keys), &format!("{kernel:?}"));
             // A mask that is aligned at the wrong end, or a foreign prefix, is no small error.
-            let swapped = keys.roll([1], [0]);
-            let wrong = attention::attend(kernel, &part(0, heads), &swapped, &layout, shape).unwrap();
-            assert!(error(&wrong) > 10.0 * error(&plain), "{kernel:?}");
+            attended.assert_wrong(&attend(&keys.roll([1], [0])), &format!("{kernel:?}"));
             if config.architecture == Architecture::Qwen2 {
                 let gathered = poisoned_on(GPU, &keys.size(), Kind::BFloat16);
                 let sources = layout.key_sources().unwrap();
-                subject.gather_keys(&qkv, &sources, Angles { cos: &cos, sin: &sin }, None, &gathered);
+                subject.gather_keys(qkv, &sources, Angles { cos: &cos, sin: &sin }, None, &gathered);
                 assert_eq!(difference(&gathered, &keys).0, 0.0);
             }
+        }
+    }
+}
+
+/// One group of the length that is usual: more tiles than a card works on at a time.
+fn long_batch() -> PackedBatch {
+    let tokens = vec![TokenId(0); 3_000];
+    let mut batch = PackedBatch::new();
+    let prompt = batch.push_sequence(&tokens[..200]);
+    for length in [801, 17, 2_999, 640, 128, 1_000, 333, 56] {
+        batch.push_continuation(prompt, &tokens[..length]);
+    }
+    batch
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn attention_by_the_kernel_for_hopper_is_that_of_each_sequence() {
+    for config in configs() {
+        let Gpu { kernels, lane } = Gpu::of(&config);
+        let GpuSupport::Loaded { library, .. } = gpu::enable() else { panic!("no CUDA library") };
+        let own = Hopper::start(library.parent().unwrap(), 0, &kernels.dimensions, lane).unwrap();
+        let Some(own) = own else {
+            let capability = Context::of_device(0).unwrap().capability().unwrap();
+            assert!(capability != (9, 0) || config.head_dim != 128, "it is left out on {capability:?}");
+            continue;
+        };
+        assert_eq!(Attention::choose(library.parent().unwrap(), 0, &kernels).to_string(), "hopper");
+        for batch in [batch(), long_batch()] {
+            let attended = Attended::of(&config, &batch);
+            let layout = layout_of(&batch, Attention::Hopper(own));
+            let keys = attended.keys_values(&layout);
+            let attend = |keys: &Tensor| {
+                let prepared = own.prepare(&attended.qkv, keys, &layout).unwrap();
+                prepared.attend(lane).unwrap().copy()
+            };
+            let first = attend(&keys);
+            attended.assert_right(&first, "hopper");
+            attended.assert_wrong(&attend(&keys.roll([1], [0])), "hopper");
+            assert!(attend(&keys).equal(&first), "the same bits again");
         }
     }
 }

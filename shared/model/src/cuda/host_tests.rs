@@ -58,7 +58,7 @@ impl Host {
     }
 
     /// Runs a kernel over tensors in host memory, which it changes.
-    fn run(&self, kernel: &str, Shape { blocks: (columns, lines), threads }: Shape, words: &[Word<'_>]) {
+    fn run(&self, kernel: &str, Shape { blocks: (columns, lines), threads, .. }: Shape, words: &[Word<'_>]) {
         let text = |word: &Word<'_>| match word {
             Word::Memory(tensor) => {
                 let bytes = host_bytes(tensor).unwrap();

@@ -81,7 +81,7 @@ impl Dimensions {
 
     /// One block a row.
     fn by_row(rows: i64, width: i64) -> Result<Shape, TchError> {
-        Ok(Shape { blocks: (grid(rows)?, 1), threads: threads(width) })
+        Ok(Shape { blocks: (grid(rows)?, 1), threads: threads(width), shared_bytes: 0 })
     }
 
     pub(super) fn residual_norm(&self, rows: i64) -> Result<Shape, TchError> {
@@ -98,7 +98,7 @@ impl Dimensions {
 
     pub(super) fn silu_up(&self, rows: i64) -> Result<Shape, TchError> {
         let lines = grid(pieces(self.inner / VECTOR, SILU_THREADS))?;
-        Ok(Shape { blocks: (grid(rows)?, lines), threads: threads(SILU_THREADS) })
+        Ok(Shape { blocks: (grid(rows)?, lines), threads: threads(SILU_THREADS), shared_bytes: 0 })
     }
 
     pub(super) fn choose(rows: i64) -> Result<Shape, TchError> {
@@ -119,6 +119,8 @@ pub(super) struct Shape {
     pub blocks: (u32, u32),
     /// Of one block.
     pub threads: u32,
+    /// Dynamic shared memory of one block.
+    pub shared_bytes: u32,
 }
 
 /// Pieces of `size` that cover `whole`.
@@ -325,7 +327,7 @@ impl Kernels {
         Angles { cos, sin }: Angles<'_>,
         rows: i64,
         weight: Option<&Tensor>,
-    ) -> Result<[Argument; 3], TchError> {
+    ) -> Result<[Argument<'static>; 3], TchError> {
         let head_dim = self.dimensions.head_dim;
         let weight = match weight {
             Some(weight) => self.bf16(weight, &[head_dim])?,
@@ -345,13 +347,13 @@ impl Kernels {
             .ok_or_else(|| TchError::Shape("a tensor without rows".into()))
     }
 
-    fn bf16(&self, x: &Tensor, shape: &[i64]) -> Result<Argument, TchError> {
+    fn bf16(&self, x: &Tensor, shape: &[i64]) -> Result<Argument<'static>, TchError> {
         self.checked(x, Kind::BFloat16, shape)
     }
 
     /// The address of a tensor that is what the kernel takes it for. Shapes are compared by their number of elements in each row:
     /// how the columns are folded does not matter to a kernel.
-    fn checked(&self, x: &Tensor, kind: Kind, shape: &[i64]) -> Result<Argument, TchError> {
+    fn checked(&self, x: &Tensor, kind: Kind, shape: &[i64]) -> Result<Argument<'static>, TchError> {
         let size = x.size();
         let is_right = x.device() == self.device
             && x.kind() == kind

@@ -5,6 +5,7 @@ use std::ops::Range;
 use tch::{TchError, Tensor};
 
 use super::attention::Attention;
+use super::tiles::Work;
 use crate::packed::PackedBatch;
 
 /// Which rows of a batch predict which tokens.
@@ -30,6 +31,8 @@ pub(crate) struct Layout {
     rows: Range<usize>,
     targets: Range<usize>,
     eos: Range<usize>,
+    /// Starts and tiles of attention by the kernel for Hopper.
+    work: Option<[Range<usize>; 2]>,
     pub most_queries: i64,
     pub most_keys: i64,
 }
@@ -44,10 +47,16 @@ impl Numbers {
         self.0.extend(values);
         start..self.0.len()
     }
+
+    /// Pieces of four numbers that a kernel reads as one; libtorch's memory is aligned by more.
+    fn push_fours(&mut self, values: &[[i32; 4]]) -> Range<usize> {
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        self.push(values.as_flattened().iter().copied())
+    }
 }
 
 /// Rows, offsets and tokens fit: a batch is far below 2^31 rows, and tokens are below the vocabulary.
-fn narrow(value: usize) -> i32 {
+pub(super) fn narrow(value: usize) -> i32 {
     i32::try_from(value).unwrap_or(i32::MAX)
 }
 
@@ -92,10 +101,17 @@ impl Layout {
         upload: impl FnOnce(&[i32]) -> Result<Tensor, TchError>,
     ) -> Result<Self, TchError> {
         let sequences = match attention {
-            Attention::Varlen(_) => Sequences::end_to_end(batch),
+            Attention::Varlen(_) | Attention::Hopper(_) => Sequences::end_to_end(batch),
             Attention::PerSequence => Sequences::in_place(batch),
         };
         let mut numbers = Numbers::default();
+        let work = match attention {
+            Attention::Hopper(own) => {
+                let Work { starts, tiles } = own.tiling.deal(&sequences.query_offsets, &sequences.key_offsets);
+                Some([numbers.push(starts), numbers.push_fours(&tiles)])
+            }
+            Attention::Varlen(_) | Attention::PerSequence => None,
+        };
         // Tokens and positions are far below 2^31.
         let in_batch = |value: &i64| i32::try_from(*value).unwrap_or(i32::MAX);
         Ok(Self {
@@ -107,6 +123,7 @@ impl Layout {
             rows: numbers.push(predictions.rows.iter().copied()),
             targets: numbers.push(predictions.targets.iter().copied()),
             eos: numbers.push(predictions.eos.iter().copied()),
+            work,
             most_queries: sequences.most_queries as i64,
             most_keys: sequences.most_keys as i64,
             numbers: upload(&numbers.0)?,
@@ -138,6 +155,20 @@ impl Layout {
     pub(crate) fn predictions(&self, some: Range<usize>) -> Result<[Tensor; 3], TchError> {
         let of = |all: &Range<usize>| self.part(&(all.start + some.start..all.start + some.end));
         Ok([of(&self.rows)?, of(&self.targets)?, of(&self.eos)?])
+    }
+
+    /// Starts and tiles for the kernel for Hopper.
+    ///
+    /// # Errors
+    /// The layout was made for other attention.
+    pub(crate) fn work(&self) -> Result<[Tensor; 2], TchError> {
+        let [starts, tiles] =
+            self.work.as_ref().ok_or_else(|| TchError::Shape("a layout without tiles of attention".to_owned()))?;
+        Ok([self.part(starts)?, self.part(tiles)?])
+    }
+
+    pub(crate) fn rows(&self) -> i64 {
+        self.tokens.len() as i64
     }
 
     pub(crate) fn key_rows(&self) -> i64 {

@@ -1,5 +1,5 @@
-//! The proof forward pass on a GPU in bfloat16: one packed batch without a wait, by libtorch's matrix products and attention and
-//! by kernels of our own between them.
+//! The proof forward pass on a GPU in bfloat16: one packed batch without a wait, by libtorch's matrix products, by its attention or
+//! our own, and by kernels of our own between them.
 //!
 //! It computes what [`crate::layers`] composes of libtorch's operations, with the same rounding points. Where something it needs
 //! is missing, it says so once, and the composition does the work.
@@ -10,12 +10,14 @@ mod ffi;
 mod forward;
 #[cfg(test)]
 mod gpu_tests;
+mod hopper;
 #[cfg(test)]
 mod host_tests;
 #[cfg(test)]
 mod kernel_tests;
 mod kernels;
 mod layout;
+mod tiles;
 #[cfg(test)]
 mod weight_tests;
 mod weights;
@@ -186,10 +188,7 @@ impl Engine {
         let text = |error: TchError| crate::error::TorchError::from(error).detail;
         ffi::set_default_matrix_products().map_err(text)?;
         let kernels = Kernels::load(libraries, device, Dimensions::of(config)?)?;
-        let attention = Attention::flash().unwrap_or_else(|reason| {
-            tracing::warn!(reason, "Attention of packed sequences is left out; each sequence has a call of its own.");
-            Attention::PerSequence
-        });
+        let attention = Attention::choose(libraries, device, &kernels);
         let engine = Self {
             workspace: Mutex::new(Workspace::empty(tch::Device::Cuda(device))),
             limit: RowLimit::none(),
@@ -198,7 +197,7 @@ impl Engine {
             attention,
         };
         engine.budget(config);
-        tracing::info!(device, ?attention, most_rows = engine.most_rows(usize::MAX), "Own kernels are in use.");
+        tracing::info!(device, %attention, most_rows = engine.most_rows(usize::MAX), "Own kernels are in use.");
         Ok(engine)
     }
 

@@ -362,5 +362,5 @@ fn same_count([x, y]: [&Tensor; 2]) -> Result<u64, TchError> {
 
 /// Blocks and threads for a table.
 pub(super) fn shape(rows: usize) -> Shape {
-    Shape { blocks: (u32::try_from(rows.clamp(1, MOST_BLOCKS)).unwrap_or(1), 1), threads: THREADS }
+    Shape { blocks: (u32::try_from(rows.clamp(1, MOST_BLOCKS)).unwrap_or(1), 1), threads: THREADS, shared_bytes: 0 }
 }

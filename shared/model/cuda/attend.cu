@@ -6,8 +6,6 @@
 //   HEADS, KV_HEADS   as in config.json; HEADS is a multiple of KV_HEADS, at most TILE_ROWS times it
 //   HEAD_DIM          128
 //
-// and, for measurements, with other choices than those below: OVERLAP, PINGPONG, SHORT_TAIL, PARK, WARPGROUPS.
-//
 // A tile is TILE_ROWS rows: TILE_QUERIES neighbouring queries with all the heads that share one head of keys (row = query ·
 // GROUP + head of the group). So all rows of a tile end at nearly the same key: little of the last block of keys is masked,
 // little of a sequence's last tile is empty, and keys are fetched once for all heads that read them.
@@ -15,7 +13,12 @@
 // A block of threads stays on its multiprocessor and works on the tiles of its list, one after another. One warpgroup
 // fetches (TMA), the others multiply (wgmma), 64 rows each. A multiplying warpgroup's loop goes over the blocks of keys of
 // all its tiles as if they were one sequence: it starts the scores of the next block, which may be the next tile's, before
-// it needs the results of this one, so the tensor cores work while it is at the softmax, and at a tile's end, too.
+// it needs the results of this one, so the tensor cores work while it is at the softmax, and at a tile's end, too. The two
+// multiplying warpgroups take turns in giving them work. Of a tile's last block of keys only 64 are multiplied where no more
+// are seen.
+//
+// Slower on an H100: three warpgroups without such overlap, no turns, whole last blocks, and tiles that are stored while the
+// next products run.
 //
 // Launch: blocks of THREADS threads, as many as there are multiprocessors (one fits); SHARED_BYTES of dynamic shared memory
 // (cuFuncSetAttribute). The host lists the tiles of all sequences and heads of keys (struct Tile) and deals them to the
@@ -40,29 +43,10 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// 1: scores of the next block are computed during the softmax of this one.
-#ifndef OVERLAP
-#define OVERLAP 1
-#endif
-// 1: the two multiplying warpgroups take turns in giving work to the tensor cores.
-#ifndef PINGPONG
-#define PINGPONG 1
-#endif
-// 1: of a tile's last block of keys only 64 are multiplied where no more are seen.
-#ifndef SHORT_TAIL
-#define SHORT_TAIL 1
-#endif
-// 1: a finished tile is stored while the next products run. Needs OVERLAP.
-#ifndef PARK
-#define PARK OVERLAP
-#endif
-// Warpgroups that multiply: 2, or 3 without OVERLAP (registers).
-#ifndef WARPGROUPS
-#define WARPGROUPS 2
-#endif
-
 #define WARP 32
 #define WARPGROUP 128
+// Those that multiply.
+#define WARPGROUPS 2
 #define ALL_LANES 0xffffffffu
 #define GROUP (HEADS / KV_HEADS)
 #define TILE_ROWS (64 * WARPGROUPS)
@@ -79,21 +63,18 @@ typedef unsigned long long u64;
 #define KEY_HALF (TILE_KEYS * HALF_ROW)
 #define QUERY_BYTES (2 * QUERY_HALF)
 #define KEY_BYTES (2 * KEY_HALF)
-// From one 16-byte piece of a thread's results to its next.
-#define PARK_STEP (WARPGROUPS * WARPGROUP * 16)
-#define PARK_BYTES (PARK * 8 * PARK_STEP)
-#define SHARED_BYTES (ALIGNMENT + STAGES * (QUERY_BYTES + 2 * KEY_BYTES) + PARK_BYTES + 6 * STAGES * 8)
+#define SHARED_BYTES (ALIGNMENT + STAGES * (QUERY_BYTES + 2 * KEY_BYTES) + 6 * STAGES * 8)
 // Registers of a thread: 65536 in all, in steps of 8.
-#define FETCH_REGISTERS (WARPGROUPS == 2 ? 24 : 32)
-#define MULTIPLY_REGISTERS (WARPGROUPS == 2 ? 240 : 160)
+#define FETCH_REGISTERS 24
+#define MULTIPLY_REGISTERS 240
 // exp(x · HEAD_DIM^-0.5) = exp2(x · SCALE)
 #define SCALE (0.08838834764831845f * 1.4426950408889634f)
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
 static_assert(HEAD_DIM == 128, "other heads need other tiles");
+// What the host launches with.
+static_assert(THREADS == 384 && SHARED_BYTES == 197728, "src/cuda/hopper.rs has the same numbers");
 static_assert(HEADS % KV_HEADS == 0 && GROUP <= TILE_ROWS, "queries are grouped evenly");
-static_assert(OVERLAP || !PARK, "without it there is no next product");
-static_assert(WARPGROUPS == 2 || (WARPGROUPS == 3 && !OVERLAP && !PINGPONG), "registers, and turns of two");
 
 struct alignas(64) TensorMap {
     unsigned char bytes[128];
@@ -383,7 +364,11 @@ __device__ __forceinline__ void store_part(u32 (&w)[4], int second, int part, co
         if (lane & 2) w[i] = got;
         else w[i + 2] = got;
     }
-    const int at = row + 8 * second, query = at / GROUP, head = at % GROUP;
+    int at = row + 8 * second;
+    // Where GROUP is a power of two these numbers are cheap, and the compiler would hold them in registers throughout: too many for
+    // products in flight, which it would then wait for one by one (C7511).
+    if (TILE_ROWS % GROUP == 0) asm volatile("" : "+r"(at));
+    const int query = at / GROUP, head = at % GROUP;
     if (query >= queries_of(tile)) return;
     uint4 *to = out + ((size_t)(tile.query + query) * HEADS + head_of(tile) * GROUP + head) * (HEAD_DIM / 8) + lane;
     to[part * 4] = make_uint4(w[0], w[1], w[2], w[3]);
@@ -401,35 +386,6 @@ __device__ __forceinline__ void store(const float (&o)[64], const float (&totals
             store_part(w, second, part, tile, row, out);
         }
     }
-}
-
-// The same in two: a finished tile waits in shared memory, each thread's words in places of its own, until the next product runs.
-__device__ __forceinline__ void park(const float (&o)[64], const float (&totals)[2], u32 place) {
-#pragma unroll
-    for (int second = 0; second < 2; second++) {
-        const float share = share_of(totals[second]);
-#pragma unroll
-        for (int part = 0; part < 4; part++) {
-            u32 w[4];
-            narrow_part(w, o, second, part, share);
-            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(place + (second * 4 + part) * PARK_STEP), "r"(w[0]),
-                         "r"(w[1]), "r"(w[2]), "r"(w[3])
-                         : "memory");
-        }
-    }
-}
-__device__ __forceinline__ void store_parked(u32 place, const Tile &tile, int row, uint4 *out) {
-#pragma unroll
-    for (int second = 0; second < 2; second++)
-#pragma unroll
-        for (int part = 0; part < 4; part++) {
-            u32 w[4];
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                         : "r"(place + (second * 4 + part) * PARK_STEP)
-                         : "memory");
-            store_part(w, second, part, tile, row, out);
-        }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
@@ -473,12 +429,12 @@ struct Multiplier {
     const Tile *tiles;
     int at, end;
     uint4 *out;
-    u32 barriers, value_tiles, park_place;
+    u32 barriers, value_tiles;
     u64 own_queries, all_keys, all_values;
     int warpgroup, row, further[2];
     bool is_first_lane;
 
-    Tile tile, upcoming, parked;
+    Tile tile, upcoming;
     int block, blocks;
     u32 query_place, key_place, value_place;
     Softmax softmax;
@@ -487,11 +443,10 @@ struct Multiplier {
     u32 p[32];
 
     __device__ __forceinline__ Multiplier(const Tile *tiles, int at, int end, uint4 *out, u32 query_tiles, u32 key_tiles,
-                                          u32 value_tiles, u32 park_tiles, u32 barriers, int warpgroup)
+                                          u32 value_tiles, u32 barriers, int warpgroup)
         : tiles(tiles), at(at), end(end), out(out), barriers(barriers), value_tiles(value_tiles), warpgroup(warpgroup), query_place(0),
           key_place(0), value_place(0) {
         const int thread = threadIdx.x % WARPGROUP;
-        park_place = park_tiles + (warpgroup * WARPGROUP + thread) * 16;
         is_first_lane = thread % WARP == 0;
         row = warpgroup * 64 + thread / WARP * 16 + thread % WARP / 4;
         // Keys that the thread's rows see more than the tile's first query, less the lane's first column.
@@ -501,7 +456,6 @@ struct Multiplier {
         all_keys = descriptor(key_tiles, 16);
         all_values = descriptor(value_tiles, KEY_HALF);
         upcoming = tile_at(tiles, at);
-        parked.what = 0;
         take_upcoming();
         // Each tile's first product sets it; this is for the compiler.
 #pragma unroll
@@ -525,7 +479,7 @@ struct Multiplier {
     }
     // Whether the tile's last block is short.
     __device__ __forceinline__ bool ends_short() const {
-        return SHORT_TAIL && most_seen(tile) - (blocks - 1) * TILE_KEYS <= TILE_KEYS / 2;
+        return most_seen(tile) - (blocks - 1) * TILE_KEYS <= TILE_KEYS / 2;
     }
 
     __device__ __forceinline__ void weigh_block() {
@@ -537,17 +491,6 @@ struct Multiplier {
         wait_for(VALUES, value_place);
         clear_behind(value_tiles + stage_of(value_place) * KEY_BYTES, own_keys(tile), threadIdx.x % WARPGROUP, warpgroup);
     }
-    template <bool IS_SHORT> __device__ __forceinline__ void scores_alone() {
-        start_scores<IS_SHORT>(s, queries(), keys());
-        multiply_wait<0>();
-        arrived(s);
-    }
-    template <bool IS_SHORT> __device__ __forceinline__ void values_alone() {
-        start_values<IS_SHORT>(o, p, values(), block > 0);
-        multiply_wait<0>();
-        arrived(o);
-    }
-
     // Values of this block and scores of the next. p holds the weights of this block, o what the tile's blocks before it
     // gave. ENDS_TILE: this block is the tile's last. IS_SHORT: its last block, which is this one if it ends the tile and
     // the next if not. A tile's first block counts as long for its scores.
@@ -559,15 +502,11 @@ struct Multiplier {
             wait_for(QUERIES, query_place);
         }
         wait_for(KEYS, key_place);
-        if (PINGPONG) named_sync(1 + warpgroup, 2 * WARPGROUP);
+        named_sync(1 + warpgroup, 2 * WARPGROUP);
         start_scores<SCORES_SHORT>(s, queries(), keys());
         wait_for(VALUES, value_place);
         start_values<VALUES_SHORT>(o, p, values(), block > 0);
-        if (PINGPONG) named_arrive(2 - warpgroup, 2 * WARPGROUP);
-        if (PARK && parked.what > 0) {
-            store_parked(park_place, parked, row, out);
-            parked.what = 0;
-        }
+        named_arrive(2 - warpgroup, 2 * WARPGROUP);
         multiply_wait<1>();
         arrived(s);
         release(KEYS, key_place++);
@@ -591,23 +530,19 @@ struct Multiplier {
         multiply_wait<0>();
         arrived(o);
         release(VALUES, value_place++);
-        if (ENDS_TILE && PARK) {
-            park(o, totals, park_place);
-            parked = finished;
-        } else if (ENDS_TILE) {
-            store(o, totals, finished, row, out);
-        } else {
-            rescale(o, factor);
-        }
+        if (ENDS_TILE) store(o, totals, finished, row, out);
+        else rescale(o, factor);
         narrow_weights(p, s);
     }
 
-    __device__ __forceinline__ void overlapped() {
+    __device__ __forceinline__ void work() {
         // The first block's scores have nothing beside them.
         wait_for(QUERIES, query_place);
         wait_for(KEYS, key_place);
-        scores_alone<false>();
-        if (PINGPONG && warpgroup == 1) named_arrive(1, 2 * WARPGROUP);
+        start_scores<false>(s, queries(), keys());
+        multiply_wait<0>();
+        arrived(s);
+        if (warpgroup == 1) named_arrive(1, 2 * WARPGROUP);
         release(KEYS, key_place++);
         if (blocks == 1) release(QUERIES, query_place);
         weigh_block();
@@ -624,37 +559,12 @@ struct Multiplier {
         }
         clear_values();
         wait_for(VALUES, value_place);
-        values_alone<false>();
-        if (PARK && parked.what > 0) store_parked(park_place, parked, row, out);
+        start_values<false>(o, p, values(), block > 0);
+        multiply_wait<0>();
+        arrived(o);
         store(o, softmax.total, tile, row, out);
         // The other's last arrival.
-        if (PINGPONG && warpgroup == 0) named_sync(1, 2 * WARPGROUP);
-    }
-
-    __device__ __forceinline__ void one_by_one() {
-        for (;;) {
-                wait_for(QUERIES, query_place);
-            for (; block < blocks; block++) {
-                const bool is_last = block + 1 == blocks, is_short = is_last && ends_short();
-                wait_for(KEYS, key_place);
-                if (is_short) scores_alone<true>();
-                else scores_alone<false>();
-                release(KEYS, key_place++);
-                if (is_last) release(QUERIES, query_place++);
-                weigh_block();
-                if (block > 0) rescale(o, factor);
-                narrow_weights(p, s);
-                clear_values();
-                wait_for(VALUES, value_place);
-                if (is_short) values_alone<true>();
-                else values_alone<false>();
-                release(VALUES, value_place++);
-            }
-            store(o, softmax.total, tile, row, out);
-            if (at + 1 == end) return;
-            at++;
-            take_upcoming();
-        }
+        if (warpgroup == 0) named_sync(1, 2 * WARPGROUP);
     }
 };
 
@@ -669,8 +579,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 query_tiles = ((u32)__cvta_generic_to_shared(shared) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     const u32 key_tiles = query_tiles + STAGES * QUERY_BYTES;
     const u32 value_tiles = key_tiles + STAGES * KEY_BYTES;
-    const u32 park_tiles = value_tiles + STAGES * KEY_BYTES;
-    const u32 barriers = park_tiles + PARK_BYTES;
+    const u32 barriers = value_tiles + STAGES * KEY_BYTES;
     if (threadIdx.x == 0) {
         for (int ring = 0; ring < RINGS; ring++)
             for (u32 stage = 0; stage < STAGES; stage++) {
@@ -689,11 +598,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (threadIdx.x == 0) fetch(queries, keys_values, tiles, at, end, query_tiles, key_tiles, value_tiles, barriers);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
-        Multiplier multiplier(tiles, at, end, out, query_tiles, key_tiles, value_tiles, park_tiles, barriers, role - 1);
-#if OVERLAP
-        multiplier.overlapped();
-#else
-        multiplier.one_by_one();
-#endif
+        Multiplier multiplier(tiles, at, end, out, query_tiles, key_tiles, value_tiles, barriers, role - 1);
+        multiplier.work();
     }
 }
