@@ -145,7 +145,7 @@ mod tests {
         {
             let Work { starts, tiles } = tiling.deal(&queries, &keys);
             assert_eq!(starts.len(), tiling.blocks as usize + 1);
-            assert!(starts.is_sorted() && starts.last() == Some(&(tiles.len() as i32)));
+            assert!(starts.is_sorted() && starts.last() == i32::try_from(tiles.len()).ok().as_ref());
             let mut seen = BTreeMap::new();
             for [query, key, sees, what] in tiles {
                 let (count, head, own) = (what & 0xff, what >> 8 & 0xff, what >> 16);
