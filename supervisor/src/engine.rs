@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use grail_process::with_causes;
-use grail_protocol::constants::ROLLOUTS_PER_PROBLEM;
+use grail_protocol::constants::{ROLLOUTS_PER_PROBLEM, WINDOW_LENGTH};
 use grail_protocol::gate::TimeGate;
 use grail_protocol::ids::{BlockNumber, CheckpointWindow, GroupIndex, Hotkey, WindowStart};
 use tokio::task::JoinSet;
@@ -159,8 +159,6 @@ enum GivenUp {
 
 /// How long the store is asked, at least, for a file that may be there.
 const LEAST_LOOK: Duration = Duration::from_secs(15);
-/// Blocks of a window.
-const WINDOW_LENGTH_BLOCKS: u32 = 30;
 /// What is kept free for closing a window, in averages of what it took.
 const CLOSING_MARGIN: f64 = 1.5;
 /// Blocks beside that.
@@ -395,7 +393,7 @@ impl Engine {
         // First: a crash behind it finds the closed spool of a window that is not uploaded, and comes here again.
         self.journal.record(Event::WindowWithdrawn { window, key: key.to_string() });
         let limit = self.clock.instant_of(deadline);
-        let last = limit + self.chain.nominal_block_time() * WINDOW_LENGTH_BLOCKS;
+        let last = limit + self.chain.nominal_block_time().mul_f64(WINDOW_LENGTH as f64);
         let (store, removed) = (self.store.clone(), key.clone());
         let removal = tokio::spawn(tokio::time::timeout_at(last, async move { store.withdraw(&removed).await }));
         let is_gone = matches!(tokio::time::timeout_at(limit, removal).await, Ok(Ok(Ok(()))));

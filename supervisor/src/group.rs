@@ -270,8 +270,8 @@ fn check_proof(parts: &WindowParts, generated: &Generated, proof: &Proof) -> Res
 /// bfloat16 moves a probability by 6 % (between 8 and 16) or 13 % (up to 32).
 fn ends_too_near(end: &CompletionEnd, dtype: &str) -> bool {
     let is_full = end.completion_length == end.max_new_tokens;
-    let bound = if dtype == "bfloat16" { MIN_EOS_PROBABILITY * EOS_MARGIN_BF16 } else { MIN_EOS_PROBABILITY };
-    !is_full && end.eos_probability.is_some_and(|probability| f64::from(probability) < bound)
+    let is_near = |probability| f64::from(probability) < MIN_EOS_PROBABILITY * EOS_MARGIN_BF16;
+    dtype == "bfloat16" && !is_full && end.eos_probability.is_some_and(is_near)
 }
 
 /// A file that is refused costs fourteen windows, a group one of three hundred.
