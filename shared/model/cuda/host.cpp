@@ -32,6 +32,10 @@ struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+
 struct Index {
     unsigned x = 0, y = 0;
 };
@@ -39,6 +43,7 @@ struct Index {
 static Index threadIdx, blockIdx, gridDim;
 
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static int min(int a, int b) { return a < b ? a : b; }
 
 template <typename To, typename From>
@@ -51,6 +56,8 @@ static To bits_as(From from) {
 
 static float __uint_as_float(unsigned bits) { return bits_as<float>(bits); }
 static float __int_as_float(int bits) { return bits_as<float>(bits); }
+static float __fmul_rn(float x, float y) { return x * y; }
+static float __fadd_rn(float x, float y) { return x + y; }
 static float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 static unsigned short host_narrow(float x) {

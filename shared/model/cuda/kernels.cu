@@ -72,35 +72,69 @@ __device__ __forceinline__ int warp_sum(int x) {
 #define NORM_THREADS (NORM_WIDE > 1024 ? 1024 : NORM_WIDE)
 #define NORM_ROUNDS ((HIDDEN_VECTORS + NORM_THREADS - 1) / NORM_THREADS)
 
+__device__ __forceinline__ float square(float x) { return x * x; }
+
+// 1 / rms of a row, by the sum of its squares. Rounded behind each operation, as libtorch's are.
+__device__ __forceinline__ float norm_scale(float squares, float share) {
+    return rsqrtf(__fadd_rn(__fmul_rn(squares, share), EPSILON));
+}
+
+// Squares of a row in shared memory, by one warp. They are added in the order of libtorch's mean over rows of float32
+// (ATen/native/cuda/Reduce.cuh of 2.11: a lane's four sums take neighbours of 128 columns, or of shorter rows every 32nd), so that
+// norms are those of transformers' bit for bit; in another order one value in 10,000 rounds to the other side. Rows of 8,192 and
+// more libtorch divides among warps: there they may differ.
+__device__ __forceinline__ float sum_of_squares(const uint2 *row, int lane) {
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (HIDDEN >= 4 * WARP) {
+#pragma unroll 8
+        for (int at = lane; at < HIDDEN / 4; at += WARP) {
+            const uint2 v = row[at];
+            sums[0] += square(low(v.x)), sums[1] += square(high(v.x));
+            sums[2] += square(low(v.y)), sums[3] += square(high(v.y));
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int at = i * WARP + lane;
+            if (at >= HIDDEN) continue;
+            const u32 pair = at % 4 < 2 ? row[at / 4].x : row[at / 4].y;
+            sums[i] = square(at % 2 == 0 ? low(pair) : high(pair));
+        }
+    }
+    return warp_sum(sums[0] + sums[1] + sums[2] + sums[3]);
+}
+
 // addend is null for the first norm of the network, which leaves x alone.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     residual_norm(uint4 *x, const uint4 *addend, const uint4 *weight, uint4 *out) {
     const size_t row = (size_t)blockIdx.x * HIDDEN_VECTORS;
     float values[NORM_ROUNDS][VECTOR];
-    float squares = 0.0f;
+    __shared__ uint2 held[2 * HIDDEN_VECTORS];
+    __shared__ float squares;
 #pragma unroll
     for (int round = 0; round < NORM_ROUNDS; round++) {
         const int at = round * NORM_THREADS + threadIdx.x;
         if (at >= HIDDEN_VECTORS) continue;
-        unpack(x[row + at], values[round]);
+        uint4 sums = x[row + at];
+        unpack(sums, values[round]);
         if (addend) {
             float more[VECTOR];
             unpack(addend[row + at], more);
 #pragma unroll
             for (int i = 0; i < VECTOR; i++) values[round][i] = rounded(values[round][i] + more[i]);
-            x[row + at] = pack(values[round]);
+            sums = pack(values[round]);
+            x[row + at] = sums;
         }
-#pragma unroll
-        for (int i = 0; i < VECTOR; i++) squares += values[round][i] * values[round][i];
+        held[2 * at] = make_uint2(sums.x, sums.y);
+        held[2 * at + 1] = make_uint2(sums.z, sums.w);
     }
-    __shared__ float sums[WARP];
-    squares = warp_sum(squares);
-    if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = squares;
     __syncthreads();
-    float total = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < NORM_THREADS / WARP; warp++) total += sums[warp];
-    const float scale = rsqrtf(total * (1.0f / HIDDEN) + EPSILON);
+    if (threadIdx.x < WARP) {
+        const float sum = sum_of_squares(held, threadIdx.x);
+        if (threadIdx.x == 0) squares = sum;
+    }
+    __syncthreads();
+    const float scale = norm_scale(squares, 1.0f / HIDDEN);
 #pragma unroll
     for (int round = 0; round < NORM_ROUNDS; round++) {
         const int at = round * NORM_THREADS + threadIdx.x;
@@ -140,14 +174,34 @@ __device__ __forceinline__ void load_head(HeadPart &part, const u32 *head, int l
     }
 }
 
-__device__ __forceinline__ void norm_head(HeadPart &part, const HeadPart &weight) {
-    float squares = 0.0f;
+#if HEAD_DIM == 128
+// The squares of four neighbouring columns, of which this lane holds two and its neighbour the others.
+__device__ __forceinline__ float sum_of_four(const float pair[2]) {
+    const float own[2] = {square(pair[0]), square(pair[1])};
+    const float other[2] = {__shfl_xor_sync(ALL_LANES, own[0], 1), __shfl_xor_sync(ALL_LANES, own[1], 1)};
+    return threadIdx.x % 2 == 0 ? own[0] + own[1] + other[0] + other[1] : other[0] + other[1] + own[0] + own[1];
+}
+#endif
+
+// Squares of a head, in the order of libtorch's mean for 128 columns and for 16, 32 and 64 (see sum_of_squares).
+__device__ __forceinline__ float sum_of_head(const HeadPart &part) {
+#if HEAD_DIM == 128
+    float sum = sum_of_four(part.first[0]) + sum_of_four(part.second[0]);
+#pragma unroll
+    for (int offset = WARP / 2; offset > 1; offset /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
+    return sum;
+#else
+    float sums[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int round = 0; round < PAIR_ROUNDS; round++)
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            squares += part.first[round][i] * part.first[round][i] + part.second[round][i] * part.second[round][i];
-    const float scale = rsqrtf(warp_sum(squares) * (1.0f / HEAD_DIM) + EPSILON);
+        for (int i = 0; i < 2; i++) sums[i] += square(part.first[round][i]) + square(part.second[round][i]);
+    return warp_sum(sums[0]) + warp_sum(sums[1]);
+#endif
+}
+
+__device__ __forceinline__ void norm_head(HeadPart &part, const HeadPart &weight) {
+    const float scale = norm_scale(sum_of_head(part), 1.0f / HEAD_DIM);
 #pragma unroll
     for (int round = 0; round < PAIR_ROUNDS; round++)
 #pragma unroll

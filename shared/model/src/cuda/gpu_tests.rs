@@ -54,6 +54,10 @@ impl Subject for Gpu {
         many
     }
 
+    fn is_order_the_same(&self) -> bool {
+        true
+    }
+
     fn residual_norm(&self, x: &Tensor, addend: Option<&Tensor>, weight: &Tensor, out: &Tensor) {
         self.kernels.residual_norm(self.lane, x, addend, weight, out).unwrap();
     }

@@ -105,6 +105,10 @@ impl Subject for Host {
         7
     }
 
+    fn is_order_the_same(&self) -> bool {
+        false
+    }
+
     fn residual_norm(&self, x: &Tensor, addend: Option<&Tensor>, weight: &Tensor, out: &Tensor) {
         let words = [Word::Memory(x), Word::or_null(addend), Word::Memory(weight), Word::Memory(out)];
         self.run("residual_norm", self.dimensions.residual_norm(x.size()[0]).unwrap(), &words);
@@ -242,6 +246,58 @@ fn kernels_of_a_small_shape_compute_what_the_composition_does() {
 fn kernels_of_an_odd_shape_compute_what_the_composition_does() {
     check([1_096, 6, 3, 136, 2_056, 5_000], Architecture::Qwen3);
     check([96, 4, 4, 24, 192, 520], Architecture::Llama);
+}
+
+/// The sum of a row's squares in the order of libtorch's mean on a GPU (`ATen/native/cuda/Reduce.cuh` of 2.11, for 16 rows and more of
+/// 32 to 8,191 columns in a multiple of four): in vectors of four from 128 columns on, the sums of each lane, then those of the lanes
+/// that are half a warp apart, and so on.
+fn squares_in_libtorchs_order(row: &[f32]) -> f32 {
+    let mut lanes = [[0.0_f32; 4]; 32];
+    for (column, value) in row.iter().enumerate() {
+        let (lane, sum) = if row.len() >= 128 { (column / 4 % 32, column % 4) } else { (column % 32, column / 32) };
+        lanes[lane][sum] += value * value;
+    }
+    let mut sums: Vec<f32> = lanes.map(|[a, b, c, d]| a + b + c + d).to_vec();
+    while sums.len() > 1 {
+        let upper = sums.split_off(sums.len() / 2);
+        sums.iter_mut().zip(upper).for_each(|(sum, other)| *sum += other);
+    }
+    sums[0]
+}
+
+#[test]
+fn squares_are_added_in_libtorchs_order() {
+    for (hidden, head_dim, architecture) in
+        [(1_536, 128, Architecture::Qwen2), (1_096, 128, Architecture::Qwen3), (64, 64, Architecture::Qwen3)]
+    {
+        let config = config([hidden, 4, 2, head_dim, 160, 512], architecture);
+        let host = Host::of(&config);
+        let expected = |x: &Tensor, weight: &Tensor| {
+            let (width, weights) = (weight.size()[0], Vec::<f32>::try_from(weight.to_kind(Kind::Float)).unwrap());
+            let values = Vec::<f32>::try_from(x.to_kind(Kind::Float).view([-1])).unwrap();
+            let narrow = |value: f32| Tensor::from(value).to_kind(Kind::BFloat16).double_value(&[]) as f32;
+            let rows = values.chunks_exact(width as usize).flat_map(|row| {
+                let mean = squares_in_libtorchs_order(row) * (1.0 / width as f32);
+                let scale = 1.0 / (mean + kernel_tests::EPSILON as f32).sqrt();
+                row.iter().zip(&weights).map(move |(value, weight)| weight * narrow(value * scale))
+            });
+            Tensor::from_slice(&rows.collect::<Vec<f32>>()).to_kind(Kind::BFloat16).view_as(x)
+        };
+        let random = |shape: &[i64]| kernel_tests::random_on(Device::Cpu, shape, 3.0);
+        let (rows, columns) = (host.rows(7), hidden as i64);
+        let (x, weight) = (random(&[rows, columns]), random(&[columns]));
+        let out = kernel_tests::poisoned_on(Device::Cpu, &[rows, columns], Kind::BFloat16);
+        host.residual_norm(&x, None, &weight, &out);
+        assert_eq!(kernel_tests::difference(&out, &expected(&x, &weight)).0, 0.0, "{hidden} columns");
+        if architecture == Architecture::Qwen3 {
+            let (qkv, weight) = (random(&[rows, 8, head_dim as i64]), random(&[head_dim as i64]));
+            let normed = expected(&qkv.narrow(1, 0, 4).contiguous(), &weight);
+            // Angle zero: no rotation.
+            let cos = Tensor::ones([rows, head_dim as i64], (Kind::BFloat16, Device::Cpu));
+            host.rotate_queries(&qkv, Angles { cos: &cos, sin: &cos.zeros_like() }, Some(&weight));
+            assert_eq!(kernel_tests::difference(&qkv.narrow(1, 0, 4), &normed).0, 0.0, "heads of {head_dim}");
+        }
+    }
 }
 
 #[test]
