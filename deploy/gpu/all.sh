@@ -12,7 +12,7 @@
 #   profile       all cases of the 7B and 1.5B shapes with the baseline beside them, stages                                 5 min
 #   reload        other weights at 7B and 1.5B: folders and changes, second copy and in place                          5 to 9 min
 #   several       one worker on each of several GPUs, alone and together; only where there are several                      3 min
-#   candidates    the attention kernel, and one that no worker uses yet (deploy/gpu/candidates), against torch's            3.5 min
+#   attention     the attention kernel by itself against torch's                                                           1.5 min
 #
 # Without a step correctness, kernels, profile and reload run. Each has a time limit (LIMIT=SECONDS sets another) and writes its
 # results as it goes, to OUT (by default target/gpu-results): STEP.log, and numbers as JSON where a step has them. A step that fails
@@ -118,13 +118,10 @@ several() {
     "$python" deploy/gpu/several.py --worker "$worker" --json "$out/several.json"
 }
 
-candidates() {
-    local failed=0
-    # On a bare machine the first import takes long, and the scripts' watchdogs would count it.
+attention() {
+    # On a bare machine the first import takes long, and the script's watchdog would count it.
     "$python" -c 'import torch; torch.zeros(1, device="cuda")' || return 1
-    "$python" deploy/gpu/candidates/gate_up_silu.py --budget 90 --json "$out/gate_up_silu.json" || failed=1
-    "$python" deploy/gpu/attend.py --seconds 88 --out "$out" || failed=1
-    return $failed
+    "$python" deploy/gpu/attend.py --seconds 88 --out "$out"
 }
 
 limit_of() {
@@ -137,7 +134,7 @@ limit_of() {
         profile) echo 420 ;;
         reload) echo 580 ;;
         several) echo 200 ;;
-        candidates) echo 260 ;;
+        attention) echo 150 ;;
         *) return 1 ;;
     esac
 }
@@ -154,7 +151,7 @@ for step in "$@"; do
     elif limit_of "$step" >/dev/null; then
         steps+=("$step")
     else
-        echo "error: $step is no step; these are:" correctness tests shapes models kernels profile reload several candidates >&2
+        echo "error: $step is no step; these are:" correctness tests shapes models kernels profile reload several attention >&2
         exit 2
     fi
 done

@@ -274,7 +274,7 @@ def main():
     for folder in arguments.models:
         compared(os.path.basename(folder.rstrip("/")), folder, drawn(40, 60, 4, 120))
     for folder in arguments.trained:
-        compared(folder, folder, lambda model: sampled_groups(model, 40, 60, 4))
+        compared(folder, folder, lambda model: sampled_groups(model, 40, 60, 16))
     for shape in filter(None, arguments.shapes.split(",")):
         folder = tempfile.mkdtemp(prefix=f"grail-compare-{shape}-")
         try:

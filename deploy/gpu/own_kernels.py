@@ -4,9 +4,9 @@
     python3 deploy/gpu/own_kernels.py time [--shapes qwen2-7b,qwen2-1.5b] [--json FILE]
 
 `check` compiles them with NVRTC as the worker does, for all shapes of shared/model/cuda/options.txt, and prints what each kernel
-takes: registers, shared memory, spills. attend.cu, which is for Hopper alone, is compiled for sm_90a where sm_90 is asked for; its
-shared memory is asked for at the launch. It needs no GPU; deploy/gpu/check-kernels.sh fetches NVRTC for it. A warning of the compiler
-and a spill are failures.
+takes: registers, shared memory, spills. attend.cu and gate_up_silu.cu, which are for Hopper alone, are compiled for sm_90a where sm_90
+is asked for; their shared memory is asked for at the launch. It needs no GPU; deploy/gpu/check-kernels.sh fetches NVRTC for it. A
+warning of the compiler and a spill are failures.
 
 `time` runs them on a GPU over two groups of usual length, compares each result with torch's own operations, and prints what share of
 the card's copying speed each reaches; beside them attention and the matrix products of a layer, which are torch's. FILE is written
@@ -48,7 +48,7 @@ class Compiler:
         except OSError as error:
             sys.exit(f"no NVRTC ({error}): run deploy/gpu/check-kernels.sh, or install nvidia-cuda-nvrtc")
         self.sources = {}
-        for name in ("kernels.cu", "weights.cu", ATTEND):
+        for name in ("kernels.cu", "weights.cu", ATTEND, GATE_UP_SILU):
             with open(os.path.join(FOLDER, name), "rb") as file:
                 self.sources[name] = file.read()
 
@@ -96,12 +96,15 @@ def check(arguments):
     runs = list(itertools.product(arguments.architectures.split(","), sources))
     if "90" in arguments.architectures.split(","):
         runs += [("90a", (ATTEND, shape, macros)) for shape, macros in attend_shapes().items()]
+        gate_up = {shape: gate_up_macros(Threads(macros)) for shape, macros in shapes().items()}
+        runs += [("90a", (GATE_UP_SILU, shape, macros)) for shape, macros in gate_up.items() if macros]
     for architecture, (source, shape, macros) in runs:
-        # Of attend.cu threads have other registers than those reported: it deals them out itself.
+        # Of those for Hopper threads have other registers than those reported: they deal them out themselves.
         names, threads = {
             "kernels.cu": lambda: (KERNELS, Threads(macros).of),
             "weights.cu": lambda: (WEIGHT_KERNELS, dict.fromkeys(WEIGHT_KERNELS, 256)),
             ATTEND: lambda: (["attend"], dict(attend=384)),
+            GATE_UP_SILU: lambda: (["gate_up_silu"], dict(gate_up_silu=384)),
         }[source]()
         image, log = compiler.compile(architecture, macros, source=source)
         _, report = compiler.compile(architecture, macros, ["--ptxas-options=-v"], source)
@@ -130,7 +133,14 @@ def attend_shapes():
     return {shape: [macro for macro in macros if macro.startswith(wanted)] for shape, macros in shapes().items() if "HEAD_DIM=128" in macros}
 
 
+def gate_up_macros(size):
+    """What the worker compiles gate_up_silu.cu with, if its tiles divide the sizes."""
+    fits = size.hidden % 64 == 0 and size.hidden >= 576 and size.inner % 128 == 0
+    return [f"HIDDEN={size.hidden}", f"INNER={size.inner}"] if fits else None
+
+
 ATTEND = "attend.cu"
+GATE_UP_SILU = "gate_up_silu.cu"
 WEIGHT_KERNELS = ["sum_elements", "sum_differences", "copy_elements", "read_elements", "write_elements", "compare_elements"]
 KERNELS = ["residual_norm", "rotate_queries", "gather_keys", "silu_up", "choose", "select_buckets"]
 
@@ -169,30 +179,50 @@ class Card:
         major, minor = torch.cuda.get_device_capability()
         self.torch, self.shape = torch, Threads(macros)
         torch.zeros(1, device="cuda")
-        self.driver = ctypes.CDLL("libcuda.so.1")
-        image, _ = Compiler().compile(f"{major}{minor}", macros)
+        self.driver, self.functions, self.shared = ctypes.CDLL("libcuda.so.1"), {}, {}
+        compiler = Compiler()
+        self.load(compiler.compile(f"{major}{minor}", macros)[0], KERNELS)
+        own = gate_up_macros(self.shape)
+        self.has_gate_up_silu = (major, minor) == (9, 0) and own is not None
+        if self.has_gate_up_silu:
+            self.load(compiler.compile("90a", own, source=GATE_UP_SILU)[0], ["gate_up_silu"])
+            # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self.shared["gate_up_silu"], self.shape.of["gate_up_silu"] = 229440, 384
+            self.checked(self.driver.cuFuncSetAttribute(self.functions["gate_up_silu"], 8, self.shared["gate_up_silu"]))
+
+    def load(self, image, names):
         module = ctypes.c_void_p()
         self.checked(self.driver.cuModuleLoadData(ctypes.byref(module), image))
-        self.functions = {}
-        for name in KERNELS:
+        for name in names:
             self.functions[name] = ctypes.c_void_p()
             self.checked(self.driver.cuModuleGetFunction(ctypes.byref(self.functions[name]), module, name.encode()))
+
+    def map_of(self, matrix, columns, rows):
+        """A tensor map of a bfloat16 matrix with boxes of so many columns and rows, as the worker makes them."""
+        room = ctypes.create_string_buffer(192)
+        room.at = -(-ctypes.addressof(room) // 64) * 64
+        self.checked(self.driver.cuTensorMapEncodeTiled(
+            ctypes.c_void_p(room.at), 9, 2, ctypes.c_void_p(matrix.data_ptr()), (ctypes.c_uint64 * 2)(*reversed(matrix.shape)),
+            (ctypes.c_uint64 * 1)(matrix.shape[1] * 2), (ctypes.c_uint32 * 2)(columns, rows), (ctypes.c_uint32 * 2)(1, 1), 0, 3, 3, 0))
+        return room
 
     def checked(self, status):
         if status != 0:
             sys.exit(f"the CUDA driver answers {status}")
 
     def launch(self, name, columns, *arguments, lines=1):
-        """Arguments are tensors, None and integers."""
+        """Arguments are tensors, None, integers and tensor maps."""
         places = [
             ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_void_p(0 if argument is None else argument.data_ptr())
-            for argument in arguments
+            for argument in arguments if not hasattr(argument, "at")
         ]
-        pointers = (ctypes.c_void_p * len(places))(*(ctypes.cast(ctypes.byref(place), ctypes.c_void_p) for place in places))
+        left = iter(places)
+        addresses = [argument.at if hasattr(argument, "at") else ctypes.addressof(next(left)) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(addresses))(*addresses)
         stream = ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream)
         threads = self.shape.of[name]
         self.checked(self.driver.cuLaunchKernel(
-            self.functions[name], columns, lines, 1, threads, 1, 1, 0, stream, pointers, None))
+            self.functions[name], columns, lines, 1, threads, 1, 1, self.shared.get(name, 0), stream, pointers, None))
 
 
 def milliseconds(torch, work, repeats=20):
@@ -310,7 +340,24 @@ def measure(torch, shape, macros, groups, copy_rate):
     own = activated.clone()
     note("silu and up", lambda: card.launch("silu_up", rows, gate_up, activated, lines=s.silu_lines), 6 * rows * s.inner,
          ours=own, expected=expected)
-    del gate_up, activated, expected, own
+    del gate_up, expected, own
+    if card.has_gate_up_silu:
+        x, weight = random(rows, s.hidden), (torch.randn(2 * s.inner, s.hidden, device="cuda") * s.hidden**-0.5).to(torch.bfloat16)
+        maps = [card.map_of(x, 64, 128), card.map_of(weight, 64, 128), card.map_of(activated, 64, 64)]
+        blocks = torch.cuda.get_device_properties(0).multi_processor_count // 2 * 2
+        gate_up = torch.mm(x, weight.t())
+        card.launch("gate_up_silu", blocks, *maps, rows)
+        flop = 4 * rows * s.hidden * s.inner
+        both = torch.empty_like(activated)
+
+        def product_and_activation():
+            torch.mm(x, weight.t(), out=gate_up)
+            card.launch("silu_up", rows, gate_up, both, lines=s.silu_lines)
+
+        note("product gate|up, then silu and up", product_and_activation, flop=flop)
+        note("both in one", lambda: card.launch("gate_up_silu", blocks, *maps, rows), flop=flop, ours=activated, expected=both)
+        del x, weight, maps, gate_up, both
+    del activated
 
     chunk = max(1, (3 << 27) // s.vocab // 256) * 256
     logits = random(chunk, s.vocab) * 3

@@ -29,6 +29,13 @@ pub(super) const WEIGHTS: Source =
 pub(super) const ATTEND: Source =
     Source { name: c"attend.cu", text: c_source(concat!(include_str!("../../cuda/attend.cu"), "\0")), features: "a" };
 
+/// The source of the feed-forward's first half on Hopper alone; see its head for the macros.
+pub(super) const GATE_UP_SILU: Source = Source {
+    name: c"gate_up_silu.cu",
+    text: c_source(concat!(include_str!("../../cuda/gate_up_silu.cu"), "\0")),
+    features: "a",
+};
+
 /// Bytes of the checksum before a kept image.
 const CHECKSUM_BYTES: usize = 16;
 

@@ -120,7 +120,7 @@ impl Driver {
                 load_module: library.function(c"cuModuleLoadData")?,
                 function: library.function(c"cuModuleGetFunction")?,
                 set_function_attribute: library.function(c"cuFuncSetAttribute")?,
-                // Younger than the others, and only one kernel wants it.
+                // Younger than the others, and only kernels for Hopper want it.
                 encode_tensor_map: library.function(c"cuTensorMapEncodeTiled"),
                 launch: library.function(c"cuLaunchKernel")?,
                 event_create: library.function(c"cuEventCreate")?,
@@ -275,17 +275,18 @@ unsafe impl Sync for Function {}
 #[repr(C, align(64))]
 pub(crate) struct TensorMap([u64; 16]);
 
-/// A tensor of bf16 in three dimensions, the innermost first and without gaps, and the boxes that are fetched of it.
+/// A tensor of bf16, the innermost dimension first and without gaps, and the boxes that are fetched or stored of it. `STRIDES` is one less
+/// than `RANK`.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Mapped {
+pub(crate) struct Mapped<const RANK: usize, const STRIDES: usize> {
     /// In device memory, a multiple of 16.
     pub address: u64,
     /// In elements.
-    pub sizes: [u64; 3],
-    /// Of the second and the third dimension, in bytes: multiples of 16.
-    pub strides: [u64; 2],
+    pub sizes: [u64; RANK],
+    /// Of the second dimension and those that follow, in bytes: multiples of 16.
+    pub strides: [u64; STRIDES],
     /// In elements.
-    pub boxes: [u32; 3],
+    pub boxes: [u32; RANK],
 }
 
 impl TensorMap {
@@ -293,10 +294,14 @@ impl TensorMap {
     ///
     /// # Errors
     /// The driver does not know such maps, or refuses this one.
-    pub(crate) fn of(mapped: &Mapped) -> Result<Self, TchError> {
+    pub(crate) fn of<const RANK: usize, const STRIDES: usize>(
+        mapped: &Mapped<RANK, STRIDES>,
+    ) -> Result<Self, TchError> {
+        const { assert!(RANK == STRIDES + 1 && RANK <= 5, "a stride for each dimension but the innermost") };
         let driver = Driver::get()?;
         let encode =
             driver.encode_tensor_map.as_ref().map_err(|error| TchError::Torch(format!("CUDA driver: {error}")))?;
+        let rank = c_uint::try_from(RANK).map_err(|error| TchError::Torch(error.to_string()))?;
         let mut map = Self([0; 16]);
         // SAFETY: the map has the size and the alignment of a `CUtensorMap`, and the lists as many numbers as the rank asks for; the
         // driver keeps the address as a number.
@@ -304,12 +309,12 @@ impl TensorMap {
             encode(
                 &raw mut map,
                 MAP_BF16,
-                3,
+                rank,
                 std::ptr::with_exposed_provenance_mut(usize::try_from(mapped.address).unwrap_or_default()),
                 mapped.sizes.as_ptr(),
                 mapped.strides.as_ptr(),
                 mapped.boxes.as_ptr(),
-                [1; 3].as_ptr(),
+                [1; RANK].as_ptr(),
                 MAP_NO_INTERLEAVE,
                 MAP_SWIZZLE_128,
                 MAP_PROMOTION_256,

@@ -8,6 +8,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::Engine;
 use super::attention::{self, Attention};
 use super::ffi::{self, Event};
+use super::gate_up::GateUp;
 use super::hopper::PreparedAttention;
 use super::kernels::{Angles, Kernels, Lane, TOP};
 use super::layout::{Layout, Predictions};
@@ -144,6 +145,7 @@ enum Way<'a> {
 /// The layers of one batch.
 struct Pass<'a> {
     kernels: &'a Kernels,
+    gate_up: Option<GateUp>,
     network: &'a Network,
     layout: &'a Layout,
     lane: Lane,
@@ -178,7 +180,19 @@ impl<'a> Pass<'a> {
             network.rope.rotation(&layout.positions()?, network.kind)?.into_parts()
         })?;
         let key_sources = layout.key_sources()?;
-        Ok(Self { kernels: &engine.kernels, network, layout, lane, buffers, way, key_sources, cos, sin, shape })
+        Ok(Self {
+            kernels: &engine.kernels,
+            gate_up: engine.gate_up,
+            network,
+            layout,
+            lane,
+            buffers,
+            way,
+            key_sources,
+            cos,
+            sin,
+            shape,
+        })
     }
 
     /// Hidden states behind the final norm, `[rows, hidden]`.
@@ -228,8 +242,13 @@ impl<'a> Pass<'a> {
     /// From `normed` to `addend`.
     fn feed_forward(&self, layer: &Layer) -> Result<(), TchError> {
         let Buffers { normed, addend, gate_up, activated, .. } = &self.buffers;
-        stage(Stage::FeedForward, || linear(gate_up, normed, &layer.gate_up))?;
-        stage(Stage::Activation, || self.kernels.silu_up(self.lane, gate_up, activated))?;
+        if let Some(own) = self.gate_up {
+            stage(Stage::FeedForward, || own.launch(self.lane, normed, &layer.gate_up.weight, activated))?;
+        } else {
+            let gate_up = gate_up.as_ref().ok_or_else(|| TchError::Shape("no buffer for gate and up".into()))?;
+            stage(Stage::FeedForward, || linear(gate_up, normed, &layer.gate_up))?;
+            stage(Stage::Activation, || self.kernels.silu_up(self.lane, gate_up, activated))?;
+        }
         stage(Stage::FeedForward, || linear(addend, activated, &layer.down))
     }
 }

@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::attention::{self, Attention};
 use super::ffi::{self, Context, VarlenKernel};
+use super::gate_up::GateUp;
 use super::hopper::Hopper;
 use super::kernel_tests::{self, Subject, config, difference, poisoned_on, random_on};
 use super::kernels::{Angles, Dimensions, Kernels, Lane};
@@ -265,5 +266,50 @@ fn attention_by_the_kernel_for_hopper_is_that_of_each_sequence() {
             attended.assert_wrong(&attend(&keys.roll([1], [0])), "hopper");
             assert!(attend(&keys).equal(&first), "the same bits again");
         }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gate_and_up_by_the_kernel_for_hopper_are_libtorchs_bit_for_bit() {
+    for config in configs() {
+        let Gpu { kernels, lane } = Gpu::of(&config);
+        let GpuSupport::Loaded { library, .. } = gpu::enable() else { panic!("no CUDA library") };
+        let start =
+            |has_bias| GateUp::start(library.parent().unwrap(), 0, &kernels.dimensions, has_bias, lane).unwrap();
+        assert!(start(true).is_none(), "it adds no bias");
+        let Some(own) = start(false) else {
+            let capability = Context::of_device(0).unwrap().capability().unwrap();
+            assert!(capability != (9, 0) || config.hidden_size < 576, "it is left out on {capability:?}");
+            continue;
+        };
+        let (hidden, inner) = (config.hidden_size as i64, config.intermediate_size as i64);
+        let weight = random_on(GPU, &[2 * inner, hidden], 0.03);
+        // One row, parts of a tile, and more tiles than a card works on at a time.
+        for rows in [1, 127, 300, 4_097] {
+            let x = random_on(GPU, &[rows, hidden], 1.0);
+            let room = poisoned_on(GPU, &[rows + 256, inner], Kind::BFloat16);
+            let out = room.narrow(0, 0, rows);
+            own.launch(lane, &x, &weight, &out).unwrap();
+            let gate_up = x.mm(&weight.tr());
+            let expected = gate_up.narrow(1, 0, inner).silu() * gate_up.narrow(1, inner, inner);
+            assert_eq!(difference(&out, &expected), (0.0, 0.0), "{rows} rows of {hidden}");
+            assert_eq!(room.narrow(0, rows, 256).isnan().all().int64_value(&[]), 1, "rows behind the last stay");
+            let first = out.copy();
+            own.launch(lane, &x, &weight, &out).unwrap();
+            assert!(out.equal(&first), "the same bits again");
+        }
+        // What is not finite stays so, in its own row.
+        let x = random_on(GPU, &[300, hidden], 1.0);
+        drop(x.get(5).narrow(0, 0, 1).fill_(f64::INFINITY));
+        drop(x.get(7).narrow(0, 1, 1).fill_(f64::NAN));
+        let out = poisoned_on(GPU, &[300, inner], Kind::BFloat16);
+        own.launch(lane, &x, &weight, &out).unwrap();
+        let finite = Vec::<bool>::try_from(out.isfinite().all_dim(1, false)).unwrap();
+        assert!(finite.iter().enumerate().all(|(row, finite)| *finite != [5, 7].contains(&row)));
+        // Another shape or another kind is refused before anything runs.
+        assert!(own.launch(lane, &x, &weight.tr(), &out).is_err());
+        assert!(own.launch(lane, &x.to_kind(Kind::Float), &weight, &out).is_err());
+        assert!(own.launch(lane, &x, &weight, &out.narrow(0, 0, 299)).is_err());
     }
 }

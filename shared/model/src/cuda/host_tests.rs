@@ -273,15 +273,13 @@ fn squares_are_added_in_libtorchs_order() {
         let config = config([hidden, 4, 2, head_dim, 160, 512], architecture);
         let host = Host::of(&config);
         let expected = |x: &Tensor, weight: &Tensor| {
-            let (width, weights) = (weight.size()[0], Vec::<f32>::try_from(weight.to_kind(Kind::Float)).unwrap());
             let values = Vec::<f32>::try_from(x.to_kind(Kind::Float).view([-1])).unwrap();
-            let narrow = |value: f32| Tensor::from(value).to_kind(Kind::BFloat16).double_value(&[]) as f32;
-            let rows = values.chunks_exact(width as usize).flat_map(|row| {
-                let mean = squares_in_libtorchs_order(row) * (1.0 / width as f32);
-                let scale = 1.0 / (mean + kernel_tests::EPSILON as f32).sqrt();
-                row.iter().zip(&weights).map(move |(value, weight)| weight * narrow(value * scale))
-            });
-            Tensor::from_slice(&rows.collect::<Vec<f32>>()).to_kind(Kind::BFloat16).view_as(x)
+            let width = weight.numel();
+            let sums: Vec<f32> = values.chunks_exact(width).map(squares_in_libtorchs_order).collect();
+            let means = Tensor::from_slice(&sums) * (1.0 / width as f64);
+            let scales = (means + kernel_tests::EPSILON).rsqrt().view([-1, 1]);
+            let normed = x.to_kind(Kind::Float).view([-1, width as i64]) * scales;
+            (normed.to_kind(Kind::BFloat16) * weight).view_as(x)
         };
         let random = |shape: &[i64]| kernel_tests::random_on(Device::Cpu, shape, 3.0);
         let (rows, columns) = (host.rows(7), hidden as i64);

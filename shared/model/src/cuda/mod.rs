@@ -1,5 +1,5 @@
-//! The proof forward pass on a GPU in bfloat16: one packed batch without a wait, by libtorch's matrix products, by its attention or
-//! our own, and by kernels of our own between them.
+//! The proof forward pass on a GPU in bfloat16: one packed batch without a wait, by libtorch's matrix products and attention, by
+//! kernels of our own between them, and on Hopper by our own attention and by a product of our own that ends in the activation.
 //!
 //! It computes what [`crate::layers`] composes of libtorch's operations, with the same rounding points. Where something it needs
 //! is missing, it says so once, and the composition does the work.
@@ -8,6 +8,7 @@ mod attention;
 mod compile;
 mod ffi;
 mod forward;
+mod gate_up;
 #[cfg(test)]
 mod gpu_tests;
 mod hopper;
@@ -18,6 +19,7 @@ mod kernel_tests;
 mod kernels;
 mod layout;
 mod tiles;
+mod trial;
 #[cfg(test)]
 mod weight_tests;
 mod weights;
@@ -30,6 +32,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tch::TchError;
 
 use self::attention::Attention;
+use self::gate_up::GateUp;
 use self::kernels::{Dimensions, Kernels};
 use self::workspace::Workspace;
 use crate::config::ModelConfig;
@@ -62,6 +65,8 @@ pub(crate) struct Engine {
     device: usize,
     kernels: Kernels,
     attention: Attention,
+    /// Unset where product and activation are two kernels.
+    gate_up: Option<GateUp>,
     workspace: Mutex<Workspace>,
     limit: RowLimit,
 }
@@ -189,22 +194,36 @@ impl Engine {
         ffi::set_default_matrix_products().map_err(text)?;
         let kernels = Kernels::load(libraries, device, Dimensions::of(config)?)?;
         let attention = Attention::choose(libraries, device, &kernels);
+        let lane = kernels.enter().map_err(text)?;
+        let gate_up = GateUp::start(libraries, device, &kernels.dimensions, config.mlp_bias, lane).unwrap_or_else(|reason| {
+            tracing::warn!(
+                reason,
+                "The kernel of gate and up for Hopper is left out; libtorch's product takes its place and is slower."
+            );
+            None
+        });
         let engine = Self {
-            workspace: Mutex::new(Workspace::empty(tch::Device::Cuda(device))),
+            workspace: Mutex::new(Workspace::empty(tch::Device::Cuda(device), gate_up.is_none())),
             limit: RowLimit::none(),
             device,
             kernels,
             attention,
+            gate_up,
         };
         engine.budget(config);
-        tracing::info!(device, %attention, most_rows = engine.most_rows(usize::MAX), "Own kernels are in use.");
+        let gate_up = if gate_up.is_some() { "hopper" } else { "libtorch" };
+        tracing::info!(device, %attention, %gate_up, most_rows = engine.most_rows(usize::MAX), "Own kernels are in use.");
         Ok(engine)
     }
 
     /// Sets the most rows by the memory that is free now, when the weights are loaded and nothing else is.
     fn budget(&self, config: &ModelConfig) {
         let Some((free, _)) = crate::ffi::cuda_memory(Some(self.device)) else { return };
-        let rows = rows_that_fit(free, config.parameters() * 2, Workspace::bytes_per_row(&self.kernels.dimensions));
+        let rows = rows_that_fit(
+            free,
+            config.parameters() * 2,
+            Workspace::bytes_per_row(&self.kernels.dimensions, self.gate_up.is_none()),
+        );
         self.limit.set(rows);
     }
 

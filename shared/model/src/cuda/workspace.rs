@@ -29,8 +29,8 @@ pub(crate) struct Workspace {
     qkv: Tensor,
     /// `[key rows, 2, kv_heads, head_dim]`
     keys_values: Tensor,
-    /// `[rows, 2 · inner]`
-    gate_up: Tensor,
+    /// `[rows, 2 · inner]`; unset where gate and up are never written.
+    gate_up: Option<Tensor>,
     /// `[rows, inner]`
     activated: Tensor,
     /// `[logit rows, hidden]`
@@ -47,13 +47,13 @@ pub(crate) struct Buffers {
     pub addend: Tensor,
     pub qkv: Tensor,
     pub keys_values: Tensor,
-    pub gate_up: Tensor,
+    pub gate_up: Option<Tensor>,
     pub activated: Tensor,
 }
 
 impl Workspace {
-    /// Without memory yet.
-    pub(crate) fn empty(device: Device) -> Self {
+    /// Without memory yet, and for passes that do or do not write gate and up.
+    pub(crate) fn empty(device: Device, has_gate_up: bool) -> Self {
         let none = || Tensor::empty([0], (Kind::BFloat16, device));
         Self {
             rows: 0,
@@ -64,7 +64,7 @@ impl Workspace {
             addend: none(),
             qkv: none(),
             keys_values: none(),
-            gate_up: none(),
+            gate_up: has_gate_up.then(none),
             activated: none(),
             chosen: none(),
             logits: none(),
@@ -72,10 +72,11 @@ impl Workspace {
     }
 
     /// Bytes of device memory that one row of a batch takes, with its keys and what attention allocates.
-    pub(crate) fn bytes_per_row(dimensions: &Dimensions) -> usize {
+    pub(crate) fn bytes_per_row(dimensions: &Dimensions, has_gate_up: bool) -> usize {
         let Dimensions { hidden, heads, kv_heads, head_dim, inner, .. } = *dimensions;
         // Keys twice: a shared prompt's are copied, which for short completions doubles them.
-        let elements = 3 * hidden + dimensions.qkv() + 2 * 2 * kv_heads * head_dim + 3 * inner + heads * head_dim;
+        let inner = if has_gate_up { 3 * inner } else { inner };
+        let elements = 3 * hidden + dimensions.qkv() + 2 * 2 * kv_heads * head_dim + inner + heads * head_dim;
         usize::try_from(elements * 2 + heads * 4).unwrap_or(usize::MAX)
     }
 
@@ -102,8 +103,9 @@ impl Workspace {
         let key_rows = self.key_rows.max(pieces(key_rows, GROWTH) * GROWTH);
         let logit_rows = self.logit_rows.max(pieces(logit_rows, LOGIT_ROWS) * LOGIT_ROWS);
         // What is there is given back first: both would not fit a device that is nearly full.
-        *self = Self::empty(device);
-        *self = Self::of(dimensions, (rows, key_rows, logit_rows), device)?;
+        let has_gate_up = self.gate_up.is_some();
+        *self = Self::empty(device, has_gate_up);
+        *self = Self::of(dimensions, (rows, key_rows, logit_rows), has_gate_up, device)?;
         tracing::debug!(rows, key_rows, logit_rows, "Buffers of the forward pass made.");
         Ok(())
     }
@@ -111,6 +113,7 @@ impl Workspace {
     fn of(
         dimensions: &Dimensions,
         (rows, key_rows, logit_rows): (i64, i64, i64),
+        has_gate_up: bool,
         device: Device,
     ) -> Result<Self, TchError> {
         let Dimensions { hidden, kv_heads, head_dim, inner, vocab, .. } = *dimensions;
@@ -124,7 +127,7 @@ impl Workspace {
             addend: buffer(&[rows, hidden])?,
             qkv: buffer(&[rows, dimensions.qkv()])?,
             keys_values: buffer(&[key_rows, 2, kv_heads, head_dim])?,
-            gate_up: buffer(&[rows, 2 * inner])?,
+            gate_up: has_gate_up.then(|| buffer(&[rows, 2 * inner])).transpose()?,
             activated: buffer(&[rows, inner])?,
             chosen: buffer(&[logit_rows, hidden])?,
             logits: buffer(&[logit_rows, vocab])?,
@@ -150,7 +153,7 @@ impl Workspace {
             addend: part(&self.addend)?,
             qkv: part(&self.qkv)?,
             keys_values: self.keys_values.f_narrow(0, 0, key_rows)?,
-            gate_up: part(&self.gate_up)?,
+            gate_up: self.gate_up.as_ref().map(part).transpose()?,
             activated: part(&self.activated)?,
         })
     }
@@ -178,7 +181,7 @@ mod tests {
 
     #[test]
     fn buffers_grow_and_are_kept() {
-        let mut workspace = Workspace::empty(Device::Cpu);
+        let mut workspace = Workspace::empty(Device::Cpu, true);
         workspace.reserve(&TINY, (10, 20, 5), Device::Cpu).unwrap();
         let first = workspace.x.data_ptr();
         workspace.reserve(&TINY, (GROWTH, GROWTH, LOGIT_ROWS), Device::Cpu).unwrap();

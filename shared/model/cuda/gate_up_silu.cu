@@ -1,25 +1,22 @@
 // The feed-forward's first half in one kernel, for Hopper (sm_90a): out = rounded(silu(rounded(gate))) * rounded(up), where
 // gate | up = x * weight^T. The product's 2 * INNER columns are never written to memory.
 //
-// The host compiles this file with NVRTC (--gpu-architecture=sm_90a), with macros:
+// The host compiles this file for one model (NVRTC), with the model's shape as macros:
 //
-//   HIDDEN, INNER   as in config.json; HIDDEN is a multiple of 64, INNER of 128
-//   CLUSTER         blocks that share the weights' tile: 2 (or 1, for comparison)
-//   GROUP           tiles of rows, counted in clusters, that pass over the weights together
-//   STAGES          of the ring in shared memory
-//   RELEASE_AFTER   products of a k-block (1 to 4) that are under way when the block before it is given back to the producer
-//   DEFERRED        0: silu at once, before the next tile (what a HIDDEN below 576 gets)
-//   LEAD            k-blocks by which the first consumer goes ahead of the second at a tile's beginning; 0 lets them find it out
-//   HINTS           1: tell L2 to keep x and to drop out
+//   HIDDEN, INNER   as in config.json; HIDDEN is a multiple of 64 and at least 576, INNER a multiple of 128
 //
-// Launch: grid of as many blocks as multiprocessors, rounded down to a multiple of CLUSTER (any multiple of CLUSTER is right, fewer
-// blocks only wait longer); the cluster is an attribute of the kernel; THREADS = 384 threads; SHARED_BYTES of dynamic shared memory,
-// which the host has to allow first (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES). No static shared memory: the ring has to begin
-// on a multiple of 1024 bytes. Tensor maps, all of bfloat16, two dimensions, 128-byte swizzle, zeros out of bounds:
+// Launch: as many blocks as there are multiprocessors, rounded down to a multiple of CLUSTER (any multiple is right; fewer blocks only
+// take longer), of THREADS threads; SHARED_BYTES of dynamic shared memory (cuFuncSetAttribute), and none that is static: the ring has to
+// begin on a multiple of 1024 bytes. rows is the number of x's rows.
 //
-//   x       {HIDDEN, rows}        box {64, 128}
-//   weight  {HIDDEN, 2 * INNER}   box {64, 128}; the gate's rows, then those of up
-//   out     {INNER, rows}         box {64, 64}
+// Maps, bfloat16, 128-byte swizzle, no interleave, what is outside is zero:
+//
+//   x       sizes (HIDDEN, rows), box (64, 128)
+//   weight  sizes (HIDDEN, 2 * INNER), the gate's rows and then those of up; box (64, 128)
+//   out     sizes (INNER, rows), box (64, 64)
+//
+// The results are those of the product and of silu_up in kernels.cu, bit for bit, where the product adds along HIDDEN from the first
+// column to the last. Slower on an H100: silu before the next tile begins, one block a cluster, tiles of 4 groups, and hints to L2.
 //
 // A block computes tiles of 128 rows by 128 columns of out, that is 128 columns of gate and the same 128 of up: both stand one behind
 // the other in shared memory, so that one m64n256k16 gives a thread gate and up of the same elements, and what follows the product
@@ -32,28 +29,12 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-#ifndef CLUSTER
+// Blocks that share the weights' tile: one brings the gate's half, the other that of up.
 #define CLUSTER 2
-#endif
-#ifndef GROUP
+// Tiles of rows, counted in clusters, that pass over the weights together.
 #define GROUP 8
-#endif
-#ifndef STAGES
+// Of the ring in shared memory.
 #define STAGES 4
-#endif
-#ifndef RELEASE_AFTER
-#define RELEASE_AFTER 1
-#endif
-#ifndef DEFERRED
-#define DEFERRED (HIDDEN >= 576)
-#endif
-#ifndef LEAD
-#define LEAD 0
-#endif
-#ifndef HINTS
-#define HINTS 0
-#endif
-
 #define TILE_ROWS 128
 #define TILE_COLUMNS 128
 #define BLOCK_K 64
@@ -89,12 +70,9 @@ typedef unsigned long long u64;
 #define CONSUMER_REGISTERS 240
 
 static_assert(HIDDEN % BLOCK_K == 0 && INNER % TILE_COLUMNS == 0, "shape");
-static_assert(SHARED_BYTES <= 232448, "shared memory of a block");
-static_assert(CLUSTER == 1 || CLUSTER == 2, "one block brings the gate's weights, the other those of up");
-static_assert(STAGES >= 2 && RELEASE_AFTER >= 1 && RELEASE_AFTER <= STEPS, "a stage is given back after the next has come");
-static_assert(!DEFERRED || K_BLOCKS > SLICES, "one slice of the tile before behind each k-block");
-// The named barrier of LEAD knows one tile only: the first consumer must not be able to run a whole tile ahead.
-static_assert(LEAD == 0 || (LEAD < STAGES && LEAD + STAGES < K_BLOCKS), "lead");
+static_assert(K_BLOCKS > SLICES, "one slice of the tile before behind each k-block");
+// What the host launches with.
+static_assert(THREADS == 384 && SHARED_BYTES == 229440, "src/cuda/gate_up.rs has the same numbers");
 
 // What cuTensorMapEncodeTiled writes.
 struct alignas(64) TensorMap {
@@ -147,47 +125,36 @@ __device__ __forceinline__ void cluster_sync() {
 
 // Named barriers of the hardware; 0 is __syncthreads'.
 #define CONSUMER_BARRIER(consumer) (1 + (consumer))
-#define LEAD_BARRIER (1 + CONSUMERS)
 
 __device__ __forceinline__ void named_sync(u32 name, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ void named_arrive(u32 name, u32 threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
 // ---------------------------------------------------------------------------------------------------------------------------
 // The copy engine.
-
-// Policies of L2 as createpolicy would make them, for all bytes.
-#define KEEP 0x14f0000000000000ull
-#define DROP 0x12f0000000000000ull
-#define NORMAL 0x1000000000000000ull
 
 __device__ __forceinline__ void prefetch(const TensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-__device__ __forceinline__ void load_tile(u32 to, const TensorMap &from, u32 barrier, int column, int row, u64 policy) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-                 " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-                 "l"(&from), "r"(barrier), "r"(column), "r"(row), "l"(policy)
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap &from, u32 barrier, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+                 "l"(&from), "r"(barrier), "r"(column), "r"(row)
                  : "memory");
 }
 
 // To the same place in all blocks of the cluster; each block's own barrier counts the bytes.
-__device__ __forceinline__ void load_tile_for_all(u32 to, const TensorMap &from, u32 barrier, int column, int row, u64 policy) {
+__device__ __forceinline__ void load_tile_for_all(u32 to, const TensorMap &from, u32 barrier, int column, int row) {
     const u16 all = (1 << CLUSTER) - 1;
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-                 " [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to),
-                 "l"(&from), "r"(barrier), "r"(column), "r"(row), "h"(all), "l"(policy)
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                 " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+                 "l"(&from), "r"(barrier), "r"(column), "r"(row), "h"(all)
                  : "memory");
 }
 
-__device__ __forceinline__ void store_tile(const TensorMap &to, u32 from, int column, int row, u64 policy) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], %4;" ::"l"(&to),
-                 "r"(from), "r"(column), "r"(row), "l"(policy)
+__device__ __forceinline__ void store_tile(const TensorMap &to, u32 from, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&to), "r"(from), "r"(column),
+                 "r"(row)
                  : "memory");
 }
 
@@ -304,14 +271,8 @@ __device__ __forceinline__ void produce(const TensorMap &x, const TensorMap &wei
             barrier_wait(empty + stage * 8, phase ^ 1);
             // Also what the other block sends; that may come before this.
             barrier_expect(barrier, STAGE_BYTES);
-            load_tile(to, x, barrier, k, row, HINTS ? KEEP : NORMAL);
-            if (CLUSTER == 2) {
-                // One block brings the gate's half, the other one that of up.
-                load_tile_for_all(to + X_BYTES + rank * HALF_BYTES, weight, barrier, k, rank * INNER + column, NORMAL);
-            } else {
-                load_tile(to + X_BYTES, weight, barrier, k, column, NORMAL);
-                load_tile(to + X_BYTES + HALF_BYTES, weight, barrier, k, INNER + column, NORMAL);
-            }
+            load_tile(to, x, barrier, k, row);
+            load_tile_for_all(to + X_BYTES + rank * HALF_BYTES, weight, barrier, k, rank * INNER + column);
             if (++stage == STAGES) stage = 0, phase ^= 1;
         }
     }
@@ -340,20 +301,14 @@ __device__ __forceinline__ void consume(const TensorMap &out, const Tiles &tiles
         const u64 a = descriptor(x_at + stage * STAGE_BYTES), b = descriptor(weight_at + stage * STAGE_BYTES);
         barrier_wait(full + stage * 8, phase);
         products_begin();
-#pragma unroll
-        for (int step = 0; step < RELEASE_AFTER; step++)
-            product(d, a + step * STEP_OF_DESCRIPTOR, b + step * STEP_OF_DESCRIPTOR, step > 0 || k > 0);
+        product(d, a, b, k > 0);
         products_commit();
-        // The block before has been read when its products are done; these here keep the tensor cores busy meanwhile.
+        // The block before has been read when its products are done; this one keeps the tensor cores busy meanwhile.
         products_wait<1>();
         if (k > 0 && releases) barrier_arrive(empty_there + before * 8);
-        if (RELEASE_AFTER < STEPS) {
 #pragma unroll
-            for (int step = RELEASE_AFTER; step < STEPS; step++)
-                product(d, a + step * STEP_OF_DESCRIPTOR, b + step * STEP_OF_DESCRIPTOR, 1);
-            products_commit();
-        }
-        if (LEAD > 0 && consumer == 0 && k == LEAD - 1) named_arrive(LEAD_BARRIER, CONSUMERS * WARPGROUP);
+        for (int step = 1; step < STEPS; step++) product(d, a + step * STEP_OF_DESCRIPTOR, b + step * STEP_OF_DESCRIPTOR, 1);
+        products_commit();
         before = stage;
         if (++stage == STAGES) stage = 0, phase ^= 1;
     };
@@ -382,7 +337,7 @@ __device__ __forceinline__ void consume(const TensorMap &out, const Tiles &tiles
             // The copy engine leaves out rows beyond the last.
             if (row < rows) {
                 for (int box = 0; box < TILE_COLUMNS / BOX_COLUMNS; box++)
-                    store_tile(out, staging + box * BOX_BYTES, column + box * BOX_COLUMNS, row, HINTS ? DROP : NORMAL);
+                    store_tile(out, staging + box * BOX_BYTES, column + box * BOX_COLUMNS, row);
             }
             asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
@@ -390,17 +345,16 @@ __device__ __forceinline__ void consume(const TensorMap &out, const Tiles &tiles
 
     int tile = first;
     for (; tile < tiles.count; tile += clusters) {
-        if (LEAD > 0 && consumer == 1) named_sync(LEAD_BARRIER, CONSUMERS * WARPGROUP);
         // Of the first tile's zeros nothing is stored.
 #pragma unroll
-        for (int k = 0; k < (DEFERRED ? SLICES : 0); k++) {
+        for (int k = 0; k < SLICES; k++) {
             multiply(k);
             if (k == 0) hand_out_begin();
             hand_out(k);
             if (k == SLICES - 1) hand_out_end(tile == first ? -1 : tile - clusters);
         }
 #pragma unroll 1
-        for (int k = DEFERRED ? SLICES : 0; k < K_BLOCKS; k++) multiply(k);
+        for (int k = SLICES; k < K_BLOCKS; k++) multiply(k);
         products_done(d);
         if (releases) barrier_arrive(empty_there + before * 8);
 #pragma unroll
@@ -408,14 +362,8 @@ __device__ __forceinline__ void consume(const TensorMap &out, const Tiles &tiles
             gate[i] = pair_of(d[2 * i], d[2 * i + 1]);
             up[i] = pair_of(d[ACCUMULATORS / 2 + 2 * i], d[ACCUMULATORS / 2 + 2 * i + 1]);
         }
-        if (!DEFERRED) {
-            hand_out_begin();
-#pragma unroll
-            for (int slice = 0; slice < SLICES; slice++) hand_out(slice);
-            hand_out_end(tile);
-        }
     }
-    if (DEFERRED && tile > first) {
+    if (tile > first) {
         hand_out_begin();
 #pragma unroll
         for (int slice = 0; slice < SLICES; slice++) hand_out(slice);
