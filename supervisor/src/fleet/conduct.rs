@@ -17,11 +17,19 @@ const MOST_REMEMBERED: usize = REMEMBERED / 50;
 pub(super) struct Conduct {
     is_bad: VecDeque<bool>,
     in_a_row: usize,
+    /// It was said once that the server must be replaced: many answers may come before it is.
+    is_told: bool,
 }
 
 impl Conduct {
-    /// Notes an answer; why the server must be replaced, if it must.
+    /// Notes an answer; why the server must be replaced, once, if it must.
     pub(super) fn note(&mut self, is_bad: bool) -> Option<String> {
+        let reason = self.reason(is_bad).filter(|_| !self.is_told);
+        self.is_told |= reason.is_some();
+        reason
+    }
+
+    fn reason(&mut self, is_bad: bool) -> Option<String> {
         self.in_a_row = if is_bad { self.in_a_row + 1 } else { 0 };
         self.is_bad.push_back(is_bad);
         if self.is_bad.len() > REMEMBERED {
@@ -69,6 +77,7 @@ mod tests {
         assert_eq!(conduct.note(false), None);
         assert_eq!((conduct.note(true), conduct.note(true)), (None, None));
         assert!(conduct.note(true).unwrap().contains("in a row"));
+        assert_eq!((0..100).find_map(|_| conduct.note(true)), None, "it is told once");
 
         let mut conduct = Conduct::default();
         let noted: Vec<_> = (0..REMEMBERED).map(|at| conduct.note(at % 50 == 7)).collect();

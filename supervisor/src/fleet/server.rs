@@ -105,6 +105,12 @@ enum Served {
     Never { reason: String, exit: Option<ExitCode> },
 }
 
+impl Served {
+    fn is_by(&self, generator: &Arc<HttpGenerator>) -> bool {
+        matches!(self, Self::Weights(_, serving) if Arc::ptr_eq(serving, generator))
+    }
+}
+
 impl Server {
     /// Starts launcher and server on `target`.
     #[must_use]
@@ -292,23 +298,17 @@ impl Keeper {
                 },
                 changed = self.wanted.changed() => if changed.is_err() { return },
                 () = again.notified() => tracing::info!("The generation server reads its weights again."),
-                Some(Misbehaved { generator, reason }) = self.misbehaved.recv() => {
-                    // An update would leave the process as it is; and of an earlier server nobody wants to know.
-                    if self.is_served_by(&generator) {
-                        url = None;
-                        self.publish_loss(&reason);
-                        if let Err(error) = client.stop().await {
-                            tracing::debug!(error = with_causes(&error), "There was no server to stop.");
-                        }
+                Some(reason) = of_the_serving(&mut self.misbehaved, &self.publish) => {
+                    // An update would leave the process as it is.
+                    url = None;
+                    self.publish_loss(&reason);
+                    if let Err(error) = client.stop().await {
+                        tracing::debug!(error = with_causes(&error), "There was no server to stop.");
                     }
                 }
                 _ = client.closed() => return,
             }
         }
-    }
-
-    fn is_served_by(&self, generator: &Arc<HttpGenerator>) -> bool {
-        matches!(&*self.publish.borrow(), Served::Weights(_, serving) if Arc::ptr_eq(serving, generator))
     }
 
     /// Starts a server with `target`, or updates the one at `url`.
@@ -548,6 +548,19 @@ struct Misbehaved {
     reason: String,
 }
 
+/// Why the server that answers now must be replaced, once it must.
+async fn of_the_serving(
+    misbehaved: &mut mpsc::UnboundedReceiver<Misbehaved>,
+    publish: &watch::Sender<Served>,
+) -> Option<String> {
+    while let Some(Misbehaved { generator, reason }) = misbehaved.recv().await {
+        if publish.borrow().is_by(&generator) {
+            return Some(reason);
+        }
+    }
+    None
+}
+
 /// Servers that may die under one sample.
 const MOST_SERVERS: u32 = 3;
 /// A server whose connection broke is known to be lost within this, if it is.
@@ -569,8 +582,7 @@ impl WaitingGenerator {
     /// Whether `generator`'s server is gone.
     async fn is_lost(&self, generator: &Arc<HttpGenerator>) -> bool {
         let mut served = self.served.clone();
-        let replaced =
-            served.wait_for(|served| !matches!(served, Served::Weights(_, serving) if Arc::ptr_eq(serving, generator)));
+        let replaced = served.wait_for(|served| !served.is_by(generator));
         tokio::time::timeout(LOSS_LIMIT, replaced).await.is_ok()
     }
 
@@ -578,13 +590,16 @@ impl WaitingGenerator {
     fn note(&self, generator: &Arc<HttpGenerator>, answer: &Result<Vec<TokenId>, GenerationError>) {
         let Some(is_bad) = answer.as_ref().map_or_else(conduct::is_its_fault, |_| Some(false)) else { return };
         let mut known = self.conduct.lock().unwrap_or_else(PoisonError::into_inner);
+        // Of an earlier server, or of one that is being replaced, nobody wants to know.
+        if !self.served.borrow().is_by(generator) {
+            return;
+        }
         let is_of_this = |of: &Weak<HttpGenerator>| std::ptr::eq(of.as_ptr(), Arc::as_ptr(generator));
         let (_, conduct) = match &mut *known {
             Some(known) if is_of_this(&known.0) => known,
             other => other.insert((Arc::downgrade(generator), Conduct::default())),
         };
         if let Some(reason) = conduct.note(is_bad) {
-            *conduct = Conduct::default();
             // The keeper ends with the server only.
             drop(self.unfit.send(Misbehaved { generator: generator.clone(), reason }));
         }
