@@ -142,6 +142,8 @@ pub struct Machine {
     /// Whether it runs with a smaller budget because it ran out of memory.
     reduced: bool,
     ready_since: Option<Instant>,
+    /// Some incarnation was ready.
+    has_been_ready: bool,
     ending: Ending,
 }
 
@@ -172,6 +174,7 @@ impl Machine {
             attempt: 0,
             reduced: false,
             ready_since: None,
+            has_been_ready: false,
             ending: Ending::ByItself,
         }
     }
@@ -222,6 +225,7 @@ impl Machine {
             }
             (Event::Ready, State::Starting) => {
                 self.ready_since = Some(now);
+                self.has_been_ready = true;
                 self.state = State::Ready;
                 None
             }
@@ -304,12 +308,13 @@ impl Machine {
         };
         if ready_since.is_some_and(|ready| now.duration_since(ready) >= self.policy.backoff.forgiven_after) {
             self.attempt = 0;
+            self.reduced = false;
         }
         match cause.disposition() {
-            Disposition::Never => return self.give_up(GiveUp::Hopeless { cause }),
+            Disposition::Never if !self.may_go_better(&cause) => return self.give_up(GiveUp::Hopeless { cause }),
             Disposition::RestartReduced if self.reduced => return self.give_up(GiveUp::OutOfMemoryAgain),
             Disposition::RestartReduced => self.reduced = true,
-            Disposition::Restart => {}
+            Disposition::Restart | Disposition::Never => {}
         }
         if let Verdict::GiveUp(intensity) = self.limit.record(now) {
             return self.give_up(GiveUp::TooOften { cause, intensity });
@@ -318,6 +323,12 @@ impl Machine {
         self.attempt = self.attempt.saturating_add(1);
         self.state = State::Backoff { delay };
         Some(Command::Wait { delay })
+    }
+
+    /// Whether the same start may end another way, against what the child said: it once did. A GPU may be away for a moment, and a file
+    /// may not be readable for one.
+    fn may_go_better(&self, cause: &DeathCause) -> bool {
+        self.has_been_ready && matches!(cause, DeathCause::Exit(_))
     }
 
     fn give_up(&mut self, reason: GiveUp) -> Option<Command> {
@@ -443,6 +454,38 @@ mod tests {
             assert_eq!(run(&mut machine, now, events), None);
             assert_eq!(machine.state(), &State::GaveUp(GiveUp::Hopeless { cause }));
         }
+    }
+
+    #[test]
+    fn what_once_went_well_is_tried_again_within_the_limits() {
+        let (mut machine, now) = (machine(), Instant::now());
+        run(&mut machine, now, [Event::Wanted, Event::Ready, Event::Gone(killed()), Event::DelayOver]);
+        for _ in 0..4 {
+            assert!(matches!(run(&mut machine, now, [Event::Gone(usage())]), Some(Command::Wait { .. })));
+            run(&mut machine, now, [Event::DelayOver]);
+        }
+        run(&mut machine, now, [Event::Gone(usage())]);
+        assert!(matches!(machine.state(), State::GaveUp(reason) if reason.passes_with_time()), "{:?}", machine.state());
+        let versions = DeathCause::VersionMismatch { ours: 1, theirs: 2 };
+        run(&mut machine, now, [Event::Wanted, Event::Fault(versions.clone()), Event::Gone(killed())]);
+        assert_eq!(machine.state(), &State::GaveUp(GiveUp::Hopeless { cause: versions }));
+    }
+
+    #[test]
+    fn work_forgives_a_shortage_of_memory() {
+        let (mut machine, mut now) = (machine(), Instant::now());
+        let short = [Event::Ready, Event::Gone(DeathCause::OutOfMemory)];
+        run(&mut machine, now, [Event::Wanted]);
+        run(&mut machine, now, short);
+        assert_eq!(run(&mut machine, now, [Event::DelayOver]), Some(Command::Spawn { incarnation: 2, reduced: true }));
+        run(&mut machine, now, [Event::Ready]);
+        now += Duration::from_secs(60);
+        assert!(matches!(run(&mut machine, now, [Event::Gone(DeathCause::OutOfMemory)]), Some(Command::Wait { .. })));
+        assert_eq!(run(&mut machine, now, [Event::DelayOver]), Some(Command::Spawn { incarnation: 3, reduced: true }));
+        run(&mut machine, now, [Event::Ready]);
+        now += Duration::from_secs(60);
+        run(&mut machine, now, [Event::Gone(killed())]);
+        assert_eq!(run(&mut machine, now, [Event::DelayOver]), Some(Command::Spawn { incarnation: 4, reduced: false }));
     }
 
     #[test]

@@ -17,7 +17,7 @@ const LONG: Duration = Duration::from_secs(60);
 /// What is added to the number of an incarnation that says it is sick.
 const SICK: u64 = 1_000;
 
-/// Runs a script in which `$1` is the number of the incarnation; it is ready when it has written a line.
+/// Runs a script in which `$1` is the number of the incarnation; it is ready when it has written `ready`.
 struct Shell {
     script: &'static str,
     started: Arc<AtomicU64>,
@@ -43,7 +43,11 @@ impl Shell {
         let mut spec = ChildSpec::new("shell", "/bin/sh").arguments(arguments);
         let write = self.write.clone();
         spec.log = LogPolicy::to_sink(move |line| {
-            write.send_replace(if line.text == "sick" { number + SICK } else { number });
+            match line.text {
+                "ready" => drop(write.send_replace(number)),
+                "sick" => drop(write.send_replace(number + SICK)),
+                _ => {}
+            };
         });
         Ok(spec)
     }
