@@ -32,6 +32,9 @@ pub enum ProofError {
     Group { code: String, detail: String },
     #[error("worker {slot} declined ({code}): {detail}")]
     Declined { slot: SlotId, code: String, detail: String },
+    /// The group's results are not finite: the worker is as suspect as the group.
+    #[error("{code}: {detail}")]
+    Suspect { slot: SlotId, code: String, detail: String },
     /// `blameless` if the worker was ended for a reason that has nothing to do with its work.
     #[error("worker {slot} is lost: {cause}")]
     WorkerLost { slot: SlotId, cause: String, blameless: bool },
@@ -141,6 +144,8 @@ struct Pending {
     declined: u32,
     /// The worker that declined it last: another one is asked if there is any.
     avoid: Option<SlotId>,
+    /// Nothing finite came out once; the second time, by another worker, it is the group's fault.
+    is_suspect: bool,
     answer: oneshot::Sender<Result<Proof, ProofError>>,
 }
 
@@ -207,7 +212,7 @@ impl Dispatcher {
     fn take(&mut self, message: Message) {
         match message {
             Message::Job(job, answer) => {
-                self.waiting.push_back(Pending { job, deaths: 0, declined: 0, avoid: None, answer })
+                self.waiting.push_back(Pending { job, deaths: 0, declined: 0, avoid: None, is_suspect: false, answer })
             }
             Message::Ready(worker) => {
                 self.closed = false;
@@ -224,16 +229,28 @@ impl Dispatcher {
         }
     }
 
+    fn has_other_than(&self, slot: SlotId) -> bool {
+        self.lanes.iter().any(|lane| lane.worker.slot() != slot)
+    }
+
     /// The next job that some lane has room for, and its lane.
     fn next(&mut self) -> Option<(Arc<dyn Worker>, Pending)> {
         // A window that was given up drops its futures; their jobs need no proof any more.
         self.waiting.retain(|pending| !pending.answer.is_closed());
-        let has_choice = self.lanes.len() > 1;
+        // One lane is kept for a job that needs it to itself: later jobs would fill each lane that empties.
+        let mut reserved = None;
         let (place, lane) = self.waiting.iter().enumerate().find_map(|(place, pending)| {
-            let suits =
-                |lane: &&Lane| lane.has_room(pending) && !(has_choice && pending.avoid == Some(lane.worker.slot()));
-            let lane = self.lanes.iter().filter(suits).min_by_key(|lane| lane.load.tokens)?;
-            Some((place, lane.worker.clone()))
+            let suits = |lane: &&Lane| {
+                let slot = lane.worker.slot();
+                reserved != Some(slot) && (pending.avoid != Some(slot) || !self.has_other_than(slot))
+            };
+            let suiting = || self.lanes.iter().filter(suits);
+            let with_room = suiting().filter(|lane| lane.has_room(pending)).min_by_key(|lane| lane.load.tokens);
+            if with_room.is_none() && pending.deaths > 0 && reserved.is_none() {
+                reserved =
+                    suiting().min_by_key(|lane| (lane.load.jobs, lane.load.tokens)).map(|lane| lane.worker.slot());
+            }
+            Some((place, with_room?.worker.clone()))
         })?;
         let pending = self.waiting.remove(place)?;
         let lane = self.lanes.iter_mut().find(|known| Arc::ptr_eq(&known.worker, &lane))?;
@@ -271,6 +288,10 @@ impl Dispatcher {
                 pending.avoid = Some(slot);
                 self.waiting.push_front(pending);
             }
+            Err(ProofError::Suspect { slot, .. }) if !pending.is_suspect && self.has_other_than(slot) => {
+                (pending.is_suspect, pending.avoid) = (true, Some(slot));
+                self.waiting.push_front(pending);
+            }
             result => answer(pending, result),
         }
     }
@@ -290,18 +311,27 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
-    /// Answers at once, or dies on every job.
+    /// What a worker does with every job.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Deed {
+        Proves,
+        Dies,
+        /// Nothing finite comes out.
+        Spoils,
+    }
+
+    /// Answers at once.
     #[derive(Debug)]
     struct FakeWorker {
         slot: SlotId,
-        dies: bool,
+        deed: Deed,
         proved: AtomicUsize,
         groups: Mutex<Vec<GroupIndex>>,
     }
 
     impl FakeWorker {
-        fn new(slot: u32, dies: bool) -> Arc<Self> {
-            Arc::new(Self { slot: SlotId(slot), dies, proved: AtomicUsize::new(0), groups: Mutex::default() })
+        fn new(slot: u32, deed: Deed) -> Arc<Self> {
+            Arc::new(Self { slot: SlotId(slot), deed, proved: AtomicUsize::new(0), groups: Mutex::default() })
         }
     }
 
@@ -313,11 +343,17 @@ mod tests {
         fn prove(&self, job: Arc<ProveJob>) -> BoxFuture<'static, Result<Proof, ProofError>> {
             self.groups.lock().unwrap().push(job.group);
             self.proved.fetch_add(1, Ordering::Relaxed);
-            let (slot, dies) = (self.slot, self.dies);
+            let (slot, deed) = (self.slot, self.deed);
             async move {
                 tokio::task::yield_now().await;
-                if dies {
-                    return Err(ProofError::WorkerLost { slot, cause: "killed".into(), blameless: false });
+                match deed {
+                    Deed::Proves => {}
+                    Deed::Dies => {
+                        return Err(ProofError::WorkerLost { slot, cause: "killed".into(), blameless: false });
+                    }
+                    Deed::Spoils => {
+                        return Err(ProofError::Suspect { slot, code: "non_finite".into(), detail: "NaN".into() });
+                    }
                 }
                 let (group, weights) = (job.group, job.weights);
                 let (prompt_sketches, members, compute) = (Vec::new(), Vec::new(), Duration::ZERO);
@@ -341,7 +377,7 @@ mod tests {
     #[tokio::test]
     async fn both_workers_get_work() {
         let queue = ProofQueue::start();
-        let workers = [FakeWorker::new(0, false), FakeWorker::new(1, false)];
+        let workers = [FakeWorker::new(0, Deed::Proves), FakeWorker::new(1, Deed::Proves)];
         for worker in &workers {
             queue.worker_ready(worker.clone());
         }
@@ -354,9 +390,9 @@ mod tests {
     #[tokio::test]
     async fn a_group_of_a_dead_worker_goes_to_another_one() {
         let queue = ProofQueue::start();
-        queue.worker_ready(FakeWorker::new(0, true));
+        queue.worker_ready(FakeWorker::new(0, Deed::Dies));
         let proof = queue.prove(job(7));
-        let survivor = FakeWorker::new(1, false);
+        let survivor = FakeWorker::new(1, Deed::Proves);
         queue.worker_ready(survivor.clone());
         assert_eq!(proof.await.unwrap().slot, SlotId(1));
         assert_eq!(*survivor.groups.lock().unwrap(), [GroupIndex(7)]);
@@ -365,9 +401,39 @@ mod tests {
     #[tokio::test]
     async fn a_group_that_kills_two_workers_is_poisonous() {
         let queue = ProofQueue::start();
-        queue.worker_ready(FakeWorker::new(0, true));
-        queue.worker_ready(FakeWorker::new(1, true));
+        queue.worker_ready(FakeWorker::new(0, Deed::Dies));
+        queue.worker_ready(FakeWorker::new(1, Deed::Dies));
         assert!(matches!(queue.prove(job(0)).await, Err(ProofError::Poisonous { deaths: 2 })));
+    }
+
+    #[tokio::test]
+    async fn a_group_that_lost_its_worker_does_not_wait_behind_a_backlog() {
+        let queue = ProofQueue::start();
+        let survivor = FakeWorker::new(1, Deed::Proves);
+        queue.worker_ready(FakeWorker::new(0, Deed::Dies));
+        queue.worker_ready(survivor.clone());
+        futures::future::try_join_all((0..60).map(|group| queue.prove(job(group)))).await.unwrap();
+        let groups = survivor.groups.lock().unwrap();
+        let late = groups.iter().rposition(|group| group.0 <= 3).unwrap();
+        assert!(late < 20, "the dead worker's two groups were among the first four: {groups:?}");
+    }
+
+    #[tokio::test]
+    async fn what_is_not_finite_is_proved_by_another_worker_if_there_is_one() {
+        let queue = ProofQueue::start();
+        let (sick, well) = (FakeWorker::new(0, Deed::Spoils), FakeWorker::new(1, Deed::Proves));
+        queue.worker_ready(sick.clone());
+        assert!(matches!(queue.prove(job(0)).await, Err(ProofError::Suspect { .. })), "nobody else is there");
+        assert_eq!(sick.proved.load(Ordering::Relaxed), 1, "asked once");
+        queue.worker_ready(well.clone());
+        futures::future::try_join_all((1..9).map(|group| queue.prove(job(group)))).await.unwrap();
+        assert!(sick.proved.load(Ordering::Relaxed) > 1);
+
+        let queue = ProofQueue::start();
+        queue.worker_ready(sick);
+        queue.worker_ready(FakeWorker::new(2, Deed::Spoils));
+        let error = queue.prove(job(9)).await.unwrap_err();
+        assert!(matches!(error, ProofError::Suspect { slot: SlotId(2), .. }), "two of them agree: {error}");
     }
 
     #[tokio::test]

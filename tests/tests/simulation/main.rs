@@ -20,6 +20,7 @@ mod world;
 
 use grail_protocol::ids::{TokenId, WeightsHash};
 use grail_supervisor::journal::{self, Event};
+use schedule::WorkerFault;
 use world::World;
 
 /// How often schedules reached what they are for.
@@ -118,4 +119,24 @@ fn schedules_third_quarter() {
 #[test]
 fn schedules_fourth_quarter() {
     quarter(3);
+}
+
+/// Its slot is given up within the limits of deaths, instead of starting for ever, and the others mine on.
+#[test]
+fn a_slot_whose_workers_never_take_the_weights_is_given_up() {
+    let mut world = World::new(3);
+    let schedule = &mut world.schedule;
+    schedule.slots = 2;
+    schedule.workers = (1..=40).map(|incarnation| ((0, 0, incarnation), WorkerFault::ForeignFolder)).collect();
+    (schedule.crashes, schedule.torn_bytes, schedule.operator) = (Vec::new(), Vec::new(), Vec::new());
+    (schedule.store, schedule.outage, schedule.bad_samples) = (Vec::new(), None, 0);
+    world.live_through();
+    let mut reached = Reached::default();
+    reached.count(&world);
+    let given_up =
+        |event: &Event| matches!(event, Event::WorkerGivenUp { slot: 0, reason } if reason.contains("does not take"));
+    let events = journal::read(&world.state_dir()).unwrap();
+    assert!(events.iter().any(given_up), "{}", world.journal_text());
+    assert!(reached.deaths < 40, "{reached:?}");
+    assert_eq!(reached.uploaded, 2, "{reached:?}");
 }

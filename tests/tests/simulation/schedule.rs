@@ -87,6 +87,8 @@ pub enum WorkerFault {
     DiesReloading,
     HangsReloading,
     RefusesReload,
+    /// Loads other weights than those that are wanted, since its folder was changed, and refuses to take the right ones from there.
+    ForeignFolder,
 }
 
 /// What the store does wrong with puts, one entry a put.
@@ -212,7 +214,7 @@ impl WorkerFault {
             Self::NotFinite { nth } => ("nan@mid_proof", nth),
             Self::DiesReloading => ("kill@reload", 1),
             Self::HangsReloading => ("hang@reload", 1),
-            Self::RefusesReload => ("slow=100@reload", 1),
+            Self::RefusesReload | Self::ForeignFolder => ("slow=100@reload", 1),
         };
         format!("{fault},slot={slot},epoch={epoch},nth={nth}")
     }

@@ -131,7 +131,8 @@ impl Role for SimRole {
         let (slot, seed) = (self.slot, self.seed);
         let fault = self.fault(incarnation);
         // A worker reads the folder when it starts, whatever is wanted when it is ready.
-        let weights = self.target.borrow().weights;
+        let wanted = self.target.borrow().weights;
+        let weights = if fault == Some(WorkerFault::ForeignFolder) { WeightsHash(wanted.0 ^ 1) } else { wanted };
         async move {
             let loading = derived(&[seed, 1, slot.0.into(), incarnation.number]) % 8_000;
             tokio::time::sleep(Duration::from_millis(500 + loading)).await;
@@ -274,7 +275,9 @@ impl WorkerLink for SimLink {
             match self.fault {
                 Some(WorkerFault::DiesReloading) => self.process.crash(),
                 Some(WorkerFault::HangsReloading) => std::future::pending().await,
-                Some(WorkerFault::RefusesReload) => return Err(self.failed(Severity::Retryable, "reload_failed")),
+                Some(WorkerFault::RefusesReload | WorkerFault::ForeignFolder) => {
+                    return Err(self.failed(Severity::Retryable, "reload_failed"));
+                }
                 _ => {}
             }
             // Between two groups.

@@ -89,12 +89,16 @@ pub(super) struct LiveWorker<L: WorkerLink> {
     prove_limit: Duration,
     /// Requests in a row for which its memory did not suffice.
     out_of_memory: AtomicU32,
+    /// Groups in a row of which nothing finite came out.
+    non_finite: AtomicU32,
     /// Its process is gone: what still arrives of it does not count.
     is_dead: AtomicBool,
 }
 
 /// A worker that runs out of memory this often in a row starts anew with a smaller budget.
 const MOST_OUT_OF_MEMORY: u32 = 2;
+/// One whose results are not finite this often in a row starts anew: its weights are suspect.
+const MOST_NON_FINITE: u32 = 2;
 
 /// Why a worker does not have the weights of an order.
 pub(super) struct Refused {
@@ -122,6 +126,7 @@ impl<L: WorkerLink> LiveWorker<L> {
             facts,
             prove_limit,
             out_of_memory: AtomicU32::new(0),
+            non_finite: AtomicU32::new(0),
             is_dead: AtomicBool::new(false),
         }
     }
@@ -190,6 +195,7 @@ impl<L: WorkerLink> LiveWorker<L> {
             Ok(Ok(_)) if self.is_dead.load(Ordering::Relaxed) => Err(self.lost(&LostConnection::PeerHungUp)),
             Ok(Ok(group)) => {
                 self.out_of_memory.store(0, Ordering::Relaxed);
+                self.non_finite.store(0, Ordering::Relaxed);
                 Ok(Proof { slot, group })
             }
             Ok(Err(RequestError::Failed(failed))) => Err(self.failed(failed)),
@@ -203,12 +209,17 @@ impl<L: WorkerLink> LiveWorker<L> {
     fn failed(&self, failed: Failed) -> ProofError {
         let Failed { severity, code, detail, .. } = failed;
         match severity {
+            Severity::FatalForGroup if code == NON_FINITE => {
+                if self.non_finite.fetch_add(1, Ordering::Relaxed) + 1 >= MOST_NON_FINITE {
+                    self.replace(DeathCause::Broken { detail: format!("weights are suspect: {detail}") });
+                }
+                ProofError::Suspect { slot: self.slot, code, detail }
+            }
             Severity::FatalForGroup => ProofError::Group { code, detail },
             Severity::Retryable => {
                 if code == OUT_OF_MEMORY && self.out_of_memory.fetch_add(1, Ordering::Relaxed) + 1 >= MOST_OUT_OF_MEMORY
                 {
-                    self.facts.change(|facts| facts.told_to_end = Some(self.incarnation));
-                    self.control.fault(self.incarnation, DeathCause::OutOfMemory);
+                    self.replace(DeathCause::OutOfMemory);
                 }
                 ProofError::Declined { slot: self.slot, code, detail }
             }
@@ -223,6 +234,12 @@ impl<L: WorkerLink> LiveWorker<L> {
         ProofError::WorkerLost { slot: self.slot, cause: with_causes(lost), blameless }
     }
 
+    /// Ends the worker, as it would end by itself; what else it has is not to blame.
+    fn replace(&self, cause: DeathCause) {
+        self.facts.change(|facts| facts.told_to_end = Some(self.incarnation));
+        self.control.fault(self.incarnation, cause);
+    }
+
     fn broken(&self, cause: DeathCause) -> ProofError {
         let text = cause.to_string();
         self.control.fault(self.incarnation, cause);
@@ -234,6 +251,7 @@ impl<L: WorkerLink> LiveWorker<L> {
 const RELOAD_FAILED: &str = "reload_failed";
 /// Codes of a worker's failures that say what is wrong with its device.
 const OUT_OF_MEMORY: &str = "out_of_memory";
+const NON_FINITE: &str = "non_finite";
 const DEVICE_POISONED: &str = "device_poisoned";
 
 impl<L: WorkerLink> Worker for Arc<LiveWorker<L>> {

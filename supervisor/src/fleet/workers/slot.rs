@@ -87,6 +87,7 @@ impl<L: WorkerLink> Slot<L> {
             is_offered: false,
             reads_anew: false,
             next: None,
+            refusals: 0,
         };
         tokio::spawn(follower.run::<R>(events));
         Self { id, child, live, facts, orders }
@@ -112,6 +113,8 @@ struct Follower<L: WorkerLink> {
     reads_anew: bool,
     /// Weights that will be wanted soon.
     next: Option<Arc<Target>>,
+    /// Times in a row that the slot's workers did not take the weights that are wanted.
+    refusals: u32,
 }
 
 /// What became of a request to a worker about its weights.
@@ -147,7 +150,11 @@ impl<L: WorkerLink> Follower<L> {
 
     fn obey(&mut self, order: Order) {
         match order {
-            Order::Roll => {}
+            Order::Roll => {
+                // What was to be made ready for this roll is of no use behind it.
+                let due = self.rolling.target.borrow().checkpoint;
+                self.next.take_if(|next| next.checkpoint <= due);
+            }
             Order::Stage(target) => self.next = Some(target),
             Order::ReadAnew => self.reads_anew = true,
         }
@@ -186,6 +193,7 @@ impl<L: WorkerLink> Follower<L> {
             return;
         }
         if has_them && !self.reads_anew {
+            self.refusals = 0;
             if !self.is_offered {
                 self.is_offered = true;
                 self.observers.queue.worker_ready(Arc::new(worker.clone()));
@@ -244,7 +252,14 @@ impl<L: WorkerLink> Follower<L> {
             Outcome::Reloaded(Err(Refused { reason, .. })) if is_live => {
                 tracing::error!(slot = %self.slot, reason, "A worker did not take the checkpoint; starting it anew.");
                 self.facts.change(|facts| facts.told_to_end = Some(worker.incarnation));
-                self.control.restart();
+                self.refusals += 1;
+                if self.refusals > 1 {
+                    // Another start did not help. Within the limits of deaths it is tried again, and then the slot is given up.
+                    let detail = format!("it does not take the checkpoint: {reason}");
+                    self.control.fault(worker.incarnation, DeathCause::Broken { detail });
+                } else {
+                    self.control.restart();
+                }
             }
             Outcome::Reloaded(_) | Outcome::Staged => self.bring_to_target(),
         }
@@ -291,6 +306,8 @@ impl<L: WorkerLink> Follower<L> {
 
     fn died(&mut self, incarnation: u64, cause: &DeathCause, last_lines: &[String]) {
         self.withdraw();
+        // What the dead worker was asked for must not keep the next one waiting.
+        (self.change, self.staging) = (None, None);
         if let Some(worker) = self.publish.send_replace(None) {
             worker.note_death();
         }
