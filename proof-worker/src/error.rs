@@ -7,6 +7,7 @@ use grail_ipc::RequestError;
 use grail_ipc::handshake::HandshakeError;
 use grail_ipc::record::RecordError;
 use grail_ipc::socket::SocketError;
+use grail_model::gpu::GpuSupport;
 use grail_model::{LoadError, TorchError};
 use grail_process::ExitCode;
 use grail_process::fault::FaultError;
@@ -24,8 +25,8 @@ pub enum WorkerError {
         #[source]
         source: LoadError,
     },
-    #[error("use device {device}: {support}; choose --device cpu or another CUDA_VISIBLE_DEVICES")]
-    NoDevice { device: String, support: String },
+    #[error("use device {device}: {support}; {}", support.remedy())]
+    NoDevice { device: String, support: GpuSupport },
     #[error("read the token from descriptor {descriptor}")]
     Token {
         descriptor: i32,
@@ -132,11 +133,13 @@ impl WorkerError {
             Self::Record(RecordError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 ExitCode::MissingInput
             }
+            Self::Load { source, .. } if is_of_reading(source) => ExitCode::Temporary,
             Self::Load { .. } | Self::Line { .. } | Self::Record(_) | Self::NoGroups { .. } | Self::Group { .. } => {
                 ExitCode::BadData
             }
             Self::Connect { source: HandshakeError::Version { .. }, .. } => ExitCode::Usage,
             Self::Connect { .. } => ExitCode::Unavailable,
+            Self::NoDevice { support, .. } if support.may_change() => ExitCode::Temporary,
             Self::NoDevice { .. } => ExitCode::Configuration,
             Self::Token { .. } | Self::Fault(_) => ExitCode::Usage,
             Self::Socket(SocketError::FolderNotPrivate { .. } | SocketError::PathTooLong { .. }) => {
@@ -158,5 +161,49 @@ impl WorkerError {
             Self::Input { source, .. } if source.kind() == io::ErrorKind::NotFound => ExitCode::MissingInput,
             Self::Input { .. } => ExitCode::BadData,
         }
+    }
+}
+
+/// Whether a folder could not be read, against being read and found wrong: a disk or a network that fails may be well again.
+fn is_of_reading(error: &LoadError) -> bool {
+    let mut causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    causes.find_map(|cause| cause.downcast_ref::<io::Error>()).is_some_and(|error| {
+        !matches!(
+            error.kind(),
+            io::ErrorKind::NotFound
+                | io::ErrorKind::PermissionDenied
+                | io::ErrorKind::InvalidData
+                | io::ErrorKind::UnexpectedEof
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_cannot_be_read_may_be_readable_later() {
+        let code = |error: io::Error| {
+            let source = LoadError::from(grail_model::ConfigError::Read { path: "config.json".into(), source: error });
+            WorkerError::Load { folder: "model".into(), source }.exit_code()
+        };
+        assert_eq!(code(io::Error::from(nix::errno::Errno::EIO)), ExitCode::Temporary);
+        assert_eq!(code(io::ErrorKind::NotFound.into()), ExitCode::BadData);
+        assert_eq!(code(io::ErrorKind::InvalidData.into()), ExitCode::BadData);
+    }
+
+    #[test]
+    fn a_gpu_that_may_come_is_waited_for_and_another_is_not() {
+        let code = |support: GpuSupport| WorkerError::NoDevice { device: "cuda:0".to_owned(), support }.exit_code();
+        let loaded = |devices| GpuSupport::Loaded {
+            library: "libtorch_cuda.so".into(),
+            origin: grail_model::gpu::Origin::Python,
+            devices,
+        };
+        assert_eq!(code(loaded(0)), ExitCode::Temporary);
+        assert_eq!(code(GpuSupport::Unanswered { reason: "slow".to_owned() }), ExitCode::Temporary);
+        assert_eq!(code(loaded(1)), ExitCode::Configuration);
+        assert_eq!(code(GpuSupport::Absent { reason: "no torch".to_owned() }), ExitCode::Configuration);
     }
 }

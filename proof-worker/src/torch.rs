@@ -58,8 +58,7 @@ impl TorchLoader {
         if let Device::Cuda(index) = device {
             let support = gpu::enable();
             if index >= support.devices() {
-                let (device, support) = (device.to_string(), support.to_string());
-                return Err(WorkerError::NoDevice { device, support });
+                return Err(WorkerError::NoDevice { device: device.to_string(), support: support.clone() });
             }
         }
         Ok(Self { device, dtype, batch_tokens: device.default_batch_tokens(), shadow: Shadow::Auto })

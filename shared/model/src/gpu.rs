@@ -16,6 +16,9 @@ pub const LIBTORCH_DIR_VARIABLE: &str = "GRAIL_LIBTORCH_DIR";
 /// The build that this program is linked with; another build's kernels would not fit.
 pub const BUILD: &str = "2.11.0+cu130";
 
+/// As package indexes name it, whose wheels for Linux are this build.
+const RELEASE: &str = "2.11.0";
+
 const LIBRARY: &str = "libtorch_cuda.so";
 /// An interpreter on a network file system may take seconds; longer means that it hangs.
 const PYTHON_TIMEOUT: Duration = Duration::from_secs(20);
@@ -48,6 +51,8 @@ pub enum GpuSupport {
     Loaded { library: PathBuf, origin: Origin, devices: usize },
     /// None is configured and Python has none: a CPU host.
     Absent { reason: String },
+    /// None is configured, and Python did not say in time.
+    Unanswered { reason: String },
     /// One was found but must not or cannot be loaded.
     Refused { library: PathBuf, origin: Origin, reason: String },
 }
@@ -58,7 +63,28 @@ impl GpuSupport {
     pub const fn devices(&self) -> usize {
         match self {
             Self::Loaded { devices, .. } => *devices,
-            Self::Absent { .. } | Self::Refused { .. } => 0,
+            Self::Absent { .. } | Self::Unanswered { .. } | Self::Refused { .. } => 0,
+        }
+    }
+
+    /// Whether a later start may find more: a driver that is not up yet shows no device, and a cold file system makes Python slow.
+    #[must_use]
+    pub const fn may_change(&self) -> bool {
+        matches!(self, Self::Loaded { devices: 0, .. } | Self::Unanswered { .. })
+    }
+
+    /// What to do about a GPU that is wanted and cannot be had.
+    #[must_use]
+    pub fn remedy(&self) -> String {
+        match self {
+            Self::Loaded { devices: 0, .. } => {
+                "is the driver up, and does CUDA_VISIBLE_DEVICES show a GPU? `nvidia-smi -L` lists them".to_owned()
+            }
+            Self::Loaded { .. } => "choose one of these, or show another in CUDA_VISIBLE_DEVICES".to_owned(),
+            Self::Absent { .. } | Self::Unanswered { .. } | Self::Refused { .. } => format!(
+                "`python3 -m pip install torch=={RELEASE}` for the python3 on the PATH, or set {LIBTORCH_DIR_VARIABLE} to the \
+                 torch/lib of torch {BUILD}"
+            ),
         }
     }
 }
@@ -69,7 +95,7 @@ impl fmt::Display for GpuSupport {
             Self::Loaded { library, origin, devices } => {
                 write!(f, "{} from {origin}, {devices} devices", library.display())
             }
-            Self::Absent { reason } => write!(f, "no CUDA library: {reason}"),
+            Self::Absent { reason } | Self::Unanswered { reason } => write!(f, "no CUDA library: {reason}"),
             Self::Refused { library, origin, reason } => {
                 write!(f, "{} from {origin} is refused: {reason}", library.display())
             }
@@ -89,9 +115,11 @@ pub fn enable() -> &'static GpuSupport {
             GpuSupport::Loaded { library, origin, devices } => {
                 tracing::info!(library = %library.display(), %origin, devices, "CUDA library loaded.");
             }
-            GpuSupport::Absent { reason } => tracing::info!(reason, "No CUDA library; the CPU is used."),
+            GpuSupport::Absent { reason } | GpuSupport::Unanswered { reason } => {
+                tracing::info!(reason, "No CUDA library.");
+            }
             GpuSupport::Refused { library, origin, reason } => {
-                tracing::warn!(library = %library.display(), %origin, reason, "CUDA library refused; the CPU is used.");
+                tracing::warn!(library = %library.display(), %origin, reason, "CUDA library refused.");
             }
         }
         support
@@ -110,7 +138,7 @@ fn locate(configured: Option<PathBuf>, python: &Path) -> Result<Located, GpuSupp
         Some(folder) => (folder, Origin::Configured),
         None => match torch_of(python) {
             Ok(torch) => (torch.join("lib"), Origin::Python),
-            Err(reason) => return Err(GpuSupport::Absent { reason }),
+            Err(none) => return Err(none),
         },
     };
     let library = folder.join(LIBRARY);
@@ -123,7 +151,7 @@ fn locate(configured: Option<PathBuf>, python: &Path) -> Result<Located, GpuSupp
     match build_of(&folder) {
         Ok(build) if build == BUILD => Ok(Located { library, origin }),
         Ok(build) => {
-            let reason = format!("it is of torch {build}, this program is linked with {BUILD}: install torch=={BUILD}");
+            let reason = format!("it is of torch {build}, and this program is linked with {BUILD}");
             Err(GpuSupport::Refused { library, origin, reason })
         }
         Err(reason) => Err(GpuSupport::Refused { library, origin, reason }),
@@ -152,14 +180,15 @@ fn build_of(folder: &Path) -> Result<String, String> {
 }
 
 /// Folder of the `torch` package of an interpreter.
-fn torch_of(python: &Path) -> Result<PathBuf, String> {
+fn torch_of(python: &Path) -> Result<PathBuf, GpuSupport> {
+    let absent = |reason| GpuSupport::Absent { reason };
     let mut child = Command::new(python)
         .args(["-c", FIND_TORCH])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
-        .map_err(|error| format!("{} cannot be run: {error}", python.display()))?;
+        .map_err(|error| absent(format!("{} cannot be run: {error}", python.display())))?;
     let stdout = child.stdout.take();
     let (sender, receiver) = std::sync::mpsc::channel();
     // Read on another thread: a hung interpreter must not hang the start of a worker.
@@ -173,11 +202,14 @@ fn torch_of(python: &Path) -> Result<PathBuf, String> {
         // An interpreter that has ended meanwhile cannot be killed, which is as good.
         drop(child.kill());
     }
-    let status = child.wait().map_err(|error| format!("{} was lost: {error}", python.display()))?;
+    let status = child.wait().map_err(|error| absent(format!("{} was lost: {error}", python.display())))?;
     match text {
-        Err(_) => Err(format!("{} gave no answer within {} s", python.display(), PYTHON_TIMEOUT.as_secs())),
-        Ok(_) if !status.success() => Err(format!("{} failed: {status}", python.display())),
-        Ok(text) if text.trim().is_empty() => Err(format!("{} has no torch", python.display())),
+        Err(_) => {
+            let reason = format!("{} gave no answer within {} s", python.display(), PYTHON_TIMEOUT.as_secs());
+            Err(GpuSupport::Unanswered { reason })
+        }
+        Ok(_) if !status.success() => Err(absent(format!("{} failed: {status}", python.display()))),
+        Ok(text) if text.trim().is_empty() => Err(absent(format!("{} has no torch", python.display()))),
         Ok(text) => Ok(PathBuf::from(text.trim())),
     }
 }
@@ -247,6 +279,16 @@ mod tests {
         assert!(matches!(cpu_only, GpuSupport::Absent { .. }), "{cpu_only}");
         let no_python = locate(None, &folder.path().join("nothing")).unwrap_err();
         assert!(matches!(no_python, GpuSupport::Absent { .. }), "{no_python}");
+    }
+
+    #[test]
+    fn only_what_may_pass_is_said_to_change() {
+        let loaded = |devices| GpuSupport::Loaded { library: LIBRARY.into(), origin: Origin::Python, devices };
+        let reason = String::new;
+        assert!(loaded(0).may_change() && GpuSupport::Unanswered { reason: reason() }.may_change());
+        assert!(!loaded(1).may_change() && !GpuSupport::Absent { reason: reason() }.may_change());
+        assert!(GpuSupport::Absent { reason: reason() }.remedy().contains("torch==2.11.0`"));
+        assert!(BUILD.starts_with(RELEASE));
     }
 
     #[test]

@@ -154,21 +154,24 @@ pub(crate) fn on_loading_stream<T>(device: tch::Device, work: impl FnOnce() -> T
 /// `None` where the composition of libtorch's operations computes: on a CPU, in another precision than bfloat16, where the kernels
 /// cannot be had, and if `GRAIL_PROOF_KERNELS` is `off`.
 pub(crate) fn engine(config: &ModelConfig, device: Device, dtype: Dtype) -> Option<Arc<Engine>> {
-    type Known = Vec<(usize, ModelConfig, Option<Arc<Engine>>)>;
-    static KNOWN: Mutex<Known> = Mutex::new(Vec::new());
+    /// All that an engine is made for: checkpoints of one model differ in other things, for instance in their EOS tokens, and an engine
+    /// keeps its memory.
+    type Key = (usize, Result<Dimensions, String>, bool, usize);
+    static KNOWN: Mutex<Vec<(Key, Option<Arc<Engine>>)>> = Mutex::new(Vec::new());
     let (Device::Cuda(index), Dtype::Bf16) = (device, dtype) else { return None };
     if !are_wanted() {
         return None;
     }
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, _, engine)) = known.iter().find(|(at, of, _)| (*at, of) == (index, config)) {
+    let key = (index, Dimensions::of(config), config.mlp_bias, config.parameters());
+    if let Some((_, engine)) = known.iter().find(|(of, _)| *of == key) {
         return engine.clone();
     }
     let made = Engine::start(config, index).map(Arc::new).map_err(|reason| {
         tracing::warn!(%device, reason, "Own kernels are left out; libtorch's operations take their place and are slower.");
     });
     let engine = made.ok();
-    known.push((index, config.clone(), engine.clone()));
+    known.push((key, engine.clone()));
     engine
 }
 
