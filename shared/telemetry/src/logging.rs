@@ -81,7 +81,7 @@ pub fn default_directives(verbosity: u8) -> &'static str {
 /// Logs to stderr from now on.
 ///
 /// # Errors
-/// [`LoggingError`].
+/// [`LoggingError`]; if only the directives are wrong, those of the verbosity are in force.
 pub fn init(options: &Options) -> Result<(), LoggingError> {
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     init_with_writer(options, std::io::stderr, colours)
@@ -90,19 +90,28 @@ pub fn init(options: &Options) -> Result<(), LoggingError> {
 /// Logs to `writer` from now on, for instance above a progress display.
 ///
 /// # Errors
-/// [`LoggingError`].
+/// As [`init`].
 pub fn init_with_writer<W>(options: &Options, writer: W, colours: bool) -> Result<(), LoggingError>
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
     // A line that cannot be written is lost: telling standard error about it would panic once that is what has gone.
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(filter(options)?).with_writer(writer).log_internal_errors(false);
+    let (filter, problem) = some_filter(options);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).log_internal_errors(false);
     let installed = match options.format {
         Format::Human => builder.with_ansi(colours).try_init(),
         Format::Json => builder.with_ansi(false).json().flatten_event(true).try_init(),
     };
-    installed.map_err(|_| LoggingError::AlreadySetUp)
+    installed.map_err(|_| LoggingError::AlreadySetUp)?;
+    problem.map_or(Ok(()), Err)
+}
+
+/// The filter that is wanted; else the verbosity's, and what is wrong: a slip in a setting must not leave a program without a log.
+fn some_filter(options: &Options) -> (EnvFilter, Option<LoggingError>) {
+    match filter(options) {
+        Ok(filter) => (filter, None),
+        Err(problem) => (EnvFilter::builder().parse_lossy(default_directives(options.verbosity)), Some(problem)),
+    }
 }
 
 fn filter(options: &Options) -> Result<EnvFilter, LoggingError> {
@@ -138,6 +147,10 @@ mod tests {
         assert_eq!(hint, Some(tracing_subscriber::filter::LevelFilter::ERROR));
         let error = with("grail=louder").unwrap_err();
         assert_eq!(error.to_string(), "read GRAIL_LOG=\"grail=louder\"");
+        let directives = Some("grail=louder".to_owned());
+        let (instead, problem) = some_filter(&Options { verbosity: 1, directives, ..Options::default() });
+        assert_eq!(instead.max_level_hint(), Some(tracing_subscriber::filter::LevelFilter::DEBUG));
+        assert!(problem.is_some());
     }
 
     #[test]
