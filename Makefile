@@ -64,7 +64,9 @@ train-demo: libtorch ## Train the demo checkpoints again, on the CPU, for many h
 	cargo run --release --locked -p grail-demo-trainer -- --out deploy/demo
 
 .PHONY: install
-install: build ## Install binaries and libraries under PREFIX (default /usr/local).
+install: ## Copy what `make build` made to PREFIX (default /usr/local), as whoever may write there: `sudo make install`.
+	@test -x target/release/grail-supervisor -a -e .libtorch/torch/lib || \
+		{ echo "error: nothing is built: run \`make build\` first, as the user who builds" >&2; exit 66; }
 	install -d "$(PREFIX)/bin" "$(PREFIX)/lib/grail-supervisor/torch/lib" "$(PREFIX)/lib/grail-supervisor/nvidia/cu13/lib"
 	install -m 755 target/release/grail-supervisor target/release/grail-proof-worker target/release/grail-gen-launcher \
 		target/release/grail-builtin-server "$(PREFIX)/bin"
