@@ -26,7 +26,7 @@ use crate::commands::env::{self, Completeness, EnvSite, Pick, PromptOptions, Row
 use crate::commands::local::LocalSettings;
 use crate::commands::verify::{FileOptions, JudgeSettings};
 use crate::commands::{CommandError, mine, verify};
-use crate::config::{Config, ConfigError, FlagValue, GpuRequest, Inputs, Mode, Origin, env_example};
+use crate::config::{Config, ConfigError, FlagValue, Folders, GpuRequest, Inputs, Mode, Origin, env_example};
 use crate::evaluators::{EvaluatorSettings, Evaluators};
 use crate::fleet::{Heartbeat, SlotCommand, SlotLimits, SlotPin};
 use crate::gpus::{self, HostGpus};
@@ -94,10 +94,11 @@ fn mine_command(args: &MineArgs, inputs: &Inputs, verbosity: u8) -> ExitCode {
         ));
         return ExitCode::Configuration;
     }
-    let pins = match local_pins(args, &config) {
+    let pins = match device_pins(args.device, &config) {
         Ok(pins) => pins,
         Err(error) => return fail(&error),
     };
+    raise_open_files();
     let settings = local_settings(args, &config, pins);
     let windows = args.windows.map(|windows| usize::try_from(windows).unwrap_or(usize::MAX));
     block_on(async {
@@ -106,9 +107,19 @@ fn mine_command(args: &MineArgs, inputs: &Inputs, verbosity: u8) -> ExitCode {
     })
 }
 
+/// Each request to the generation server is a connection, and service managers give 1,024 descriptors unless asked for more.
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
+    if let Err(error) = raised {
+        tracing::debug!(%error, "The limit of open files stays as it is.");
+    }
+}
+
 /// One pin a worker: its share of the CPUs, or its GPU.
-fn local_pins(args: &MineArgs, config: &Config) -> Result<Vec<SlotPin>, CommandError> {
-    if args.device == LocalDevice::Cpu {
+fn device_pins(device: LocalDevice, config: &Config) -> Result<Vec<SlotPin>, CommandError> {
+    if device == LocalDevice::Cpu {
         let slots = usize::try_from(config.proof.cpu_workers.value).unwrap_or(usize::MAX);
         return Ok(gpus::cpu_pins(slots, Path::new("/")));
     }
@@ -122,7 +133,7 @@ fn local_settings(args: &MineArgs, config: &Config, pins: Vec<SlotPin>) -> Local
     let generation = &config.generation;
     let size = |value: u32| usize::try_from(value).unwrap_or(usize::MAX);
     LocalSettings {
-        state_dir: local_state_dir(config),
+        state_dir: local_state_dir(&config.folders),
         runtime_base: config.folders.runtime.value.clone(),
         child_variables: child_variables(config),
         seed: args.seed.clone(),
@@ -190,13 +201,19 @@ fn child_variables(config: &Config) -> Vec<(&'static str, String)> {
     .collect()
 }
 
-fn judge_settings(config: &Config) -> JudgeSettings {
-    JudgeSettings {
+fn judge_settings(config: &Config, device: LocalDevice) -> Result<JudgeSettings, CommandError> {
+    let pin = match device {
+        // All CPUs for the one worker.
+        LocalDevice::Cpu => gpus::cpu_pins(1, Path::new("/")),
+        LocalDevice::Cuda => device_pins(device, config)?,
+    };
+    Ok(JudgeSettings {
+        pin: pin.into_iter().next().unwrap_or_else(|| SlotPin::cpu(Vec::new())),
         runtime_base: config.folders.runtime.value.clone(),
         variables: child_variables(config),
         datasets: datasets(config),
         evaluators: evaluators(config),
-    }
+    })
 }
 
 fn datasets(config: &Config) -> DatasetSettings {
@@ -217,8 +234,7 @@ fn evaluators(config: &Config) -> EvaluatorSettings {
 }
 
 /// The embedded default keeps its world apart from a real miner's, unless a folder was named.
-fn local_state_dir(config: &Config) -> PathBuf {
-    let state = &config.folders.state;
+fn local_state_dir(Folders { state, .. }: &Folders) -> PathBuf {
     match state.origin {
         Origin::Default => state.value.join("local"),
         _ => state.value.clone(),
@@ -238,23 +254,20 @@ fn verify_command(args: &VerifyArgs, inputs: &Inputs, verbosity: u8) -> ExitCode
             return ExitCode::Usage;
         }
     };
+    let judge = match judge_settings(&config, args.device) {
+        Ok(judge) => judge,
+        Err(error) => return fail(&error),
+    };
     let json = args.json;
     let Some(file) = args.file.clone() else {
-        let state = local_state_dir(&config);
-        let settings = judge_settings(&config);
+        let state = local_state_dir(&config.folders);
         return block_on(async {
-            let verdicts = verify::local(&state, challenge, &settings).await?;
+            let verdicts = verify::local(&state, challenge, &judge).await?;
             let text = if json { to_json(&verdicts)? } else { verdicts.render() };
             Ok((text, answer(verdicts.is_accepted())))
         });
     };
-    let options = FileOptions {
-        file,
-        context: args.context.clone(),
-        model: args.model.clone(),
-        challenge,
-        judge: judge_settings(&config),
-    };
+    let options = FileOptions { file, context: args.context.clone(), model: args.model.clone(), challenge, judge };
     block_on(async {
         let verified = verify::file(&options).await?;
         let text = if json { to_json(&verified.report)? } else { table::render(&verified) };
@@ -290,7 +303,7 @@ fn checkpoint_command(command: &CheckpointCommand, inputs: &Inputs, verbosity: u
     };
     start_logging(&config, verbosity);
     block_on(async {
-        let site = Site::local(&local_state_dir(&config), config.folders.runtime.value.clone())?;
+        let site = Site::local(&local_state_dir(&config.folders), config.folders.runtime.value.clone())?;
         let text = match command {
             CheckpointCommand::List(args) => {
                 let extent = match (args.cache_only, args.store_only) {
@@ -380,7 +393,7 @@ fn pick(task: &TaskArgs) -> Option<Pick> {
 fn checkpoint_folder(named: &Path, config: &Config) -> PathBuf {
     let window = named.to_str().and_then(|text| text.parse().ok()).map(CheckpointWindow);
     // The cache is not opened: that would make its folder.
-    let cached = |window| state::checkpoints_of(&local_state_dir(config)).join(layout::folder_name(window));
+    let cached = |window| state::checkpoints_of(&local_state_dir(&config.folders)).join(layout::folder_name(window));
     window.filter(|_| !named.is_dir()).map_or_else(|| named.to_owned(), cached)
 }
 
@@ -408,16 +421,16 @@ fn operate(
     inputs: &Inputs,
     command: impl AsyncFnOnce(Whereabouts) -> Result<String, CommandError>,
 ) -> ExitCode {
-    let config = match Config::load(inputs, Mode::Local) {
-        Ok(config) => config,
+    let configured = match Config::folders(inputs) {
+        Ok(folders) => folders,
         Err(error) => return refuse(&error),
     };
-    let mut folders = vec![config.folders.state.value.clone()];
+    let mut folders = vec![configured.state.value.clone()];
     if state.state_dir.is_none() {
-        folders.push(local_state_dir(&config));
+        folders.push(local_state_dir(&configured));
         folders.dedup();
     }
-    let whereabouts = Whereabouts { folders, runtime_base: config.folders.runtime.value.clone() };
+    let whereabouts = Whereabouts { folders, runtime_base: configured.runtime.value };
     block_on(async { Ok((command(whereabouts).await?, ExitCode::Done)) })
 }
 

@@ -278,6 +278,13 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
     pub model: Option<PathBuf>,
 
+    /// Where rows are computed again.
+    ///
+    /// With cuda on the first GPU of GRAIL_PIPELINE_PROOF_GPU_IDS or GRAIL_PIPELINE_PROOF_GPU. Sketches and logprobs are equal bit by
+    /// bit only on the kind of device that proved them.
+    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = LocalDevice::Cpu)]
+    pub device: LocalDevice,
+
     #[command(flatten)]
     pub state: StateArgs,
 

@@ -82,12 +82,18 @@ struct Devices {
 pub struct GpuError {
     /// Never empty.
     pub problems: Vec<HostProblem>,
+    /// The driver names no GPU at all, and nobody hid them: it may not be up yet.
+    pub is_host_bare: bool,
 }
 
 impl fmt::Display for GpuError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the GPUs cannot be used as configured:")?;
-        self.problems.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
+        self.problems.iter().try_for_each(|problem| write!(f, "\n  {problem}"))?;
+        if self.is_host_bare {
+            f.write_str("\n  the driver names no GPU of this host: is it up? `nvidia-smi -L` lists them")?;
+        }
+        Ok(())
     }
 }
 
@@ -149,7 +155,8 @@ pub fn layout(host: &HostGpus, request: &GpuRequest) -> Result<GpuLayout, GpuErr
         problems.push(HostProblem::Stray { index: count, entry, physical: host.inventory.count(), count });
     }
     problems.extend(layout.into_iter().map(HostProblem::Gpu));
-    Err(GpuError { problems })
+    let is_hidden = host.visible.as_deref().is_some_and(|list| list.trim().is_empty());
+    Err(GpuError { problems, is_host_bare: host.inventory.count() == 0 && !is_hidden })
 }
 
 /// What is worth telling at the start although it stops nothing.

@@ -103,7 +103,7 @@ fn everything_that_is_wrong_is_in_one_report() {
     for (env_file, count, visible, expected) in cases {
         let error = layout(&host(count, visible), &request(env_file)).unwrap_err();
         let text = error.to_string();
-        let lines: Vec<&str> = text.lines().skip(1).collect();
+        let lines: Vec<&str> = text.lines().skip(1).filter(|line| !line.contains("is it up?")).collect();
         assert_eq!(lines.len(), expected.len(), "{text}");
         for (line, (variable, index, count)) in lines.iter().zip(expected) {
             let visible = if *count == 1 { "1 GPU is visible".to_owned() } else { format!("{count} GPUs are visible") };
@@ -112,6 +112,20 @@ fn everything_that_is_wrong_is_in_one_report() {
             assert!(line.contains(&format!("GPU {index}")), "{line}: {index}");
             assert!(line.contains(&visible) || line.contains(&in_list), "{line}: {visible}");
         }
+    }
+}
+
+#[test]
+fn a_driver_that_names_no_gpu_may_not_be_up_yet() {
+    let error = |count, visible| layout(&host(count, visible), &request("")).unwrap_err();
+    for visible in [None, Some("0,1")] {
+        let bare = error(0, visible);
+        assert!(bare.is_host_bare && bare.to_string().contains("is it up?"), "{bare}");
+        assert_eq!(crate::commands::CommandError::from(bare).exit_code(), grail_process::ExitCode::Unavailable);
+    }
+    for chosen in [error(0, Some("")), error(1, None)] {
+        assert!(!chosen.is_host_bare, "{chosen}");
+        assert_eq!(crate::commands::CommandError::from(chosen).exit_code(), grail_process::ExitCode::Configuration);
     }
 }
 

@@ -234,4 +234,8 @@ fn gpus_that_are_not_there_are_all_in_one_report() {
         assert!(named, "GPU {index}: {said}");
     }
     assert!(!state.exists(), "nothing was started");
+    let verify = ["verify", "--local", "--device", "cuda", "--state-dir", state.to_str().unwrap()];
+    let finished = Run::start("grail-supervisor", &verify, folder.path(), &variables).wait();
+    assert_eq!(finished.code, Some(78), "{finished:#?}");
+    assert!(finished.stderr.contains("GPU 7"), "{finished:#?}");
 }

@@ -108,6 +108,7 @@ impl CommandError {
                 ExitCode::BadData
             }
             Self::State(_) => ExitCode::CannotWrite,
+            Self::Gpus(error) if error.is_host_bare => ExitCode::Unavailable,
             Self::Gpus(_) => ExitCode::Configuration,
             Self::LocalChain(error) => of_local_chain(error),
             Self::Chain(_) => ExitCode::Unavailable,

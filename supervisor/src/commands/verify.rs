@@ -20,8 +20,7 @@ use crate::beacon::Beacon;
 use crate::chain::LocalChain;
 use crate::clock::Clock;
 use crate::evaluators::{EvaluatorSettings, Evaluators};
-use crate::fleet::{self, Target, Workers};
-use crate::gpus::cpu_pins;
+use crate::fleet::{self, SlotPin, Target, Workers};
 use crate::state;
 use crate::store::{WindowStore, window_key};
 use crate::verify::context::{self, Context, ContextError};
@@ -45,6 +44,8 @@ pub struct FileOptions {
 /// Where and how files are judged.
 #[derive(Debug, Clone)]
 pub struct JudgeSettings {
+    /// Where the worker runs that computes rows again.
+    pub pin: SlotPin,
     /// Where the folder for sockets is made.
     pub runtime_base: PathBuf,
     /// Resolved variables that the worker must see.
@@ -144,7 +145,7 @@ async fn judge(
     let checkpoint = verification.context().checkpoint_window;
     let runtime = runtime_dir(&settings.runtime_base, "verify");
     let start = || async {
-        let mut worker = worker_settings(cpu_pins(1, Path::new("/")), &settings.variables)?;
+        let mut worker = worker_settings(vec![settings.pin.clone()], &settings.variables)?;
         worker.dtype = verification.dtype();
         let hashed = folder.clone();
         let hash = move || grail_checkpoint::WeightsFiles::open(&hashed)?.hash();

@@ -102,6 +102,24 @@ impl Config {
         })
     }
 
+    /// The folders alone, for commands that talk to a running miner: what else is wrong by now must not keep it from being asked or
+    /// stopped.
+    ///
+    /// # Errors
+    /// [`ConfigError`] if where its state or its sockets lie does not follow.
+    pub fn folders(inputs: &Inputs) -> Result<Folders, ConfigError> {
+        let mut resolver = Resolver::new(raw::RawConfig::read(inputs));
+        let folders = Folders::resolve(&mut resolver);
+        let Resolver { rows, mut problems, warnings, .. } = resolver;
+        // A statement that cannot be read names no variable, and may be one of these.
+        problems.retain(|problem| ["", "GRAIL_STATE_DIR", "GRAIL_RUNTIME_DIR"].contains(&problem.variable));
+        if problems.is_empty() {
+            Ok(folders)
+        } else {
+            Err(ConfigError { problems, report: Report::new(rows, warnings) })
+        }
+    }
+
     /// All variables with the values in force and where they come from; secrets are redacted.
     #[must_use]
     pub const fn describe(&self) -> &Report {

@@ -144,7 +144,7 @@ impl Resolver {
         match parse(text) {
             Ok(value) => Some(Sourced { value, origin: origin.clone() }),
             Err(expected) => {
-                let value = if variable.secret { REDACTED.to_owned() } else { text.to_owned() };
+                let value = if variable.secret { REDACTED.to_owned() } else { shown_url(text) };
                 self.problems.push(Problem {
                     variable: written,
                     value: Some(value),
@@ -269,6 +269,17 @@ pub(super) fn http_url(text: &str) -> Result<String, Expected> {
         Some(rest) if !rest.is_empty() => Ok(text.trim_end_matches('/').to_owned()),
         _ => Err("a URL that begins with http:// or https://".to_owned()),
     }
+}
+
+/// A URL as reports show it: whoever is reached by it, and not what its user name, path or query may hold as a key.
+pub(super) fn shown_url(url: impl AsRef<str>) -> String {
+    let url = url.as_ref();
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    let (user, host) = authority.rsplit_once('@').unwrap_or(("", authority));
+    let user = if user.is_empty() { String::new() } else { format!("{REDACTED}@") };
+    let path = if path.len() <= 1 { path.to_owned() } else { format!("/{REDACTED}") };
+    format!("{scheme}://{user}{host}{path}")
 }
 
 /// ASCII text that fits a field of the commitment on chain.

@@ -12,7 +12,7 @@ use super::gpu::ProofGpus;
 use super::origin::{Origin, Sourced};
 use super::resolve::{
     Resolver, boolean, choice, committed, endpoints, gpu_list, http_url, integer, plain_name, plainly, seconds, share,
-    text,
+    shown_url, text,
 };
 use super::variables::{Standing, all};
 
@@ -77,7 +77,7 @@ pub struct WalletConfig {
 impl ChainConfig {
     pub(super) fn resolve(resolver: &mut Resolver) -> Self {
         let network = resolver.value("BT_NETWORK", choice(NETWORKS), |network| name_of(NETWORKS, *network));
-        let given = resolver.optional("BT_CHAIN_ENDPOINT", endpoints, |urls| urls.join(","));
+        let given = resolver.optional("BT_CHAIN_ENDPOINT", endpoints, |urls| shown_urls(urls));
         let endpoints = match (given.value, network.value.endpoint()) {
             (Some(urls), _) => Sourced { value: urls, origin: given.origin },
             (None, Some(own)) => Sourced { value: vec![own.to_owned()], origin: network.origin.clone() },
@@ -86,7 +86,7 @@ impl ChainConfig {
                 Sourced { value: Vec::new(), origin: Origin::Default }
             }
         };
-        resolver.report_value("BT_CHAIN_ENDPOINT", endpoints.value.join(","));
+        resolver.report_value("BT_CHAIN_ENDPOINT", shown_urls(&endpoints.value));
         let netuid = resolver.value("NETUID", integer(0, u64::from(u16::MAX)), plainly);
         let cold = resolver.value("BT_WALLET_COLD", plain_name, String::clone);
         let hot = resolver.value("BT_WALLET_HOT", plain_name, String::clone);
@@ -132,7 +132,7 @@ impl StoreConfig {
             bucket_id: resolver.optional("R2_BUCKET_ID", text, String::clone),
             read: [resolver.secret("R2_READ_ACCESS_KEY_ID"), resolver.secret("R2_READ_SECRET_ACCESS_KEY")],
             write: [resolver.secret("R2_WRITE_ACCESS_KEY_ID"), resolver.secret("R2_WRITE_SECRET_ACCESS_KEY")],
-            endpoint_url: resolver.optional("R2_ENDPOINT_URL", http_url, String::clone),
+            endpoint_url: resolver.optional("R2_ENDPOINT_URL", http_url, |url| shown_url(url)),
         };
         let region = resolver.value("R2_REGION", text, String::clone);
         if mode == Mode::Local {
@@ -532,6 +532,10 @@ fn present<T>(sourced: Sourced<Option<T>>) -> Option<Sourced<T>> {
 
 fn name_of<T: PartialEq>(words: &[(&'static str, T)], value: T) -> String {
     words.iter().find(|(_, candidate)| *candidate == value).map_or_else(String::new, |(word, _)| (*word).to_owned())
+}
+
+fn shown_urls(urls: &[String]) -> String {
+    urls.iter().map(shown_url).collect::<Vec<_>>().join(",")
 }
 
 fn show_seconds(duration: &Duration) -> String {

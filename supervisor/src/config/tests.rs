@@ -363,3 +363,42 @@ fn the_example_is_a_configuration_in_which_nothing_is_set() {
 fn is_name(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_')
 }
+
+#[test]
+fn what_urls_hold_beside_a_host_is_in_no_report() {
+    for (url, shown) in [
+        ("wss://user:p4ssw0rd@node:9944/ws?apikey=hidden", "wss://[redacted]@node:9944/[redacted]"),
+        ("wss://node/v1/hidden", "wss://node/[redacted]"),
+        ("ws://10.0.0.1:9944/", "ws://10.0.0.1:9944/"),
+        ("wss://node?key=hidden", "wss://node/[redacted]"),
+        ("no url", "no url"),
+    ] {
+        assert_eq!(resolve::shown_url(url), shown);
+    }
+    let endpoint = "wss://user:p4ssw0rd@node/ws?apikey=hidden";
+    let config =
+        network(&[("BT_CHAIN_ENDPOINT", endpoint), ("R2_ENDPOINT_URL", "https://id:p4ssw0rd@s3:9000")]).unwrap();
+    assert_eq!(config.chain.endpoints.value, [endpoint], "as it was set, for whoever connects");
+    let report = config.describe().to_text(&[]);
+    assert!(
+        report.contains("wss://[redacted]@node/[redacted]") && report.contains("https://[redacted]@s3:9000"),
+        "{report}"
+    );
+    assert!(!report.contains("p4ssw0rd") && !report.contains("hidden"), "{report}");
+    let wrong = problems(network(&[("R2_ENDPOINT_URL", "ftp://id:p4ssw0rd@s3/hidden")]));
+    assert!(!wrong[0].contains("p4ssw0rd") && !wrong[0].contains("hidden"), "{wrong:?}");
+}
+
+#[test]
+fn a_running_miner_is_found_whatever_else_is_wrong() {
+    let bench =
+        Bench::new(&[("XDG_STATE_HOME", "/state")]).file("GRAIL_WORKER_PROVE_TIMEOUT=10m\nGRAIL_KEEP_WINDOWS_DAYS=x\n");
+    assert_eq!(problems(bench.load(Mode::Local)).len(), 2);
+    assert_eq!(Config::folders(&bench.inputs).unwrap().state.value, Path::new("/state/grail-supervisor"));
+    let mut lost = Bench::new(&[]);
+    lost.inputs.environment.clear();
+    let error = Config::folders(&lost.inputs).unwrap_err();
+    assert!(error.problems.iter().all(|problem| problem.variable == "GRAIL_STATE_DIR"), "{error}");
+    let malformed = Bench::new(&[]).file("GRAIL_STATE_DIR='/elsewhere\n");
+    assert!(Config::folders(&malformed.inputs).is_err(), "it may be what names the folder");
+}
