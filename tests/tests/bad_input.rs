@@ -239,3 +239,21 @@ fn gpus_that_are_not_there_are_all_in_one_report() {
     assert_eq!(finished.code, Some(78), "{finished:#?}");
     assert!(finished.stderr.contains("GPU 7"), "{finished:#?}");
 }
+
+/// Children get the same setting, and one that ended by it would be started for ever.
+#[test]
+fn a_slip_in_the_log_filter_ends_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let variables = [("GRAIL_LOG", "grail=louder")];
+    for (program, arguments, code) in [
+        ("grail-proof-worker", ["prove", "absent.jsonl", "--model", "absent"].as_slice(), 66),
+        ("grail-supervisor", &["verify", "absent.parquet"], 66),
+    ] {
+        let finished = Run::start(program, arguments, folder.path(), &variables).wait();
+        assert_eq!(finished.code, Some(code), "{program}: {finished:#?}");
+        assert!(
+            finished.stderr.contains("WARN") && finished.stderr.contains("is in force"),
+            "{program}: {finished:#?}"
+        );
+    }
+}

@@ -81,7 +81,7 @@ pub fn default_directives(verbosity: u8) -> &'static str {
 /// Logs to stderr from now on.
 ///
 /// # Errors
-/// [`LoggingError`]; if only the directives are wrong, those of the verbosity are in force.
+/// [`LoggingError`]; not for directives that are wrong: those of the verbosity are in force then, and the log says so.
 pub fn init(options: &Options) -> Result<(), LoggingError> {
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     init_with_writer(options, std::io::stderr, colours)
@@ -103,7 +103,12 @@ where
         Format::Json => builder.with_ansi(false).json().flatten_event(true).try_init(),
     };
     installed.map_err(|_| LoggingError::AlreadySetUp)?;
-    problem.map_or(Ok(()), Err)
+    if let Some(problem) = problem {
+        let directives = default_directives(options.verbosity);
+        let detail = std::error::Error::source(&problem).map(ToString::to_string);
+        tracing::warn!(%problem, detail, "These directives cannot be used; {directives} is in force.");
+    }
+    Ok(())
 }
 
 /// The filter that is wanted; else the verbosity's, and what is wrong: a slip in a setting must not leave a program without a log.

@@ -10,7 +10,7 @@ use grail_telemetry::SecretString;
 use super::dotenv;
 use super::origin::{Origin, Sourced};
 use super::problem::{Problem, Warning};
-use super::resolve::boolean;
+use super::resolve::{boolean, shown_url};
 use super::variables::{Alias, Standing, Variable, all, find, known_name, nearest};
 
 /// The file that is read from the working directory.
@@ -167,7 +167,7 @@ impl RawConfig {
                 }
                 None => self.problems.push(Problem {
                     variable: known,
-                    value: Some(value.to_string_lossy().into_owned()).filter(|_| !is_secret(known)),
+                    value: Some(shown_url(value.to_string_lossy())).filter(|_| !is_secret(known)),
                     origin,
                     what: "the value is no UTF-8".to_owned(),
                     remedy: "set it to plain text".to_owned(),

@@ -274,12 +274,13 @@ pub(super) fn http_url(text: &str) -> Result<String, Expected> {
 /// A URL as reports show it: whoever is reached by it, and not what its user name, path or query may hold as a key.
 pub(super) fn shown_url(url: impl AsRef<str>) -> String {
     let url = url.as_ref();
-    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
-    let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
-    let (user, host) = authority.rsplit_once('@').unwrap_or(("", authority));
-    let user = if user.is_empty() { String::new() } else { format!("{REDACTED}@") };
-    let path = if path.len() <= 1 { path.to_owned() } else { format!("/{REDACTED}") };
-    format!("{scheme}://{user}{host}{path}")
+    let (scheme, rest) = url.split_once("://").map_or(("", url), |(scheme, rest)| (&url[..scheme.len() + 3], rest));
+    // Whatever stands before the last @: a password may hold a slash.
+    let (user, rest) = rest.rsplit_once('@').map_or((String::new(), rest), |(_, rest)| (format!("{REDACTED}@"), rest));
+    let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    let is_url = !scheme.is_empty() || !user.is_empty();
+    let path = if is_url && path.len() > 1 { format!("/{REDACTED}") } else { path.to_owned() };
+    format!("{scheme}{user}{host}{path}")
 }
 
 /// ASCII text that fits a field of the commitment on chain.

@@ -371,7 +371,10 @@ fn what_urls_hold_beside_a_host_is_in_no_report() {
         ("wss://node/v1/hidden", "wss://node/[redacted]"),
         ("ws://10.0.0.1:9944/", "ws://10.0.0.1:9944/"),
         ("wss://node?key=hidden", "wss://node/[redacted]"),
+        ("https://id:p4/ssw0rd@s3:9000", "https://[redacted]@s3:9000"),
+        ("id:p4ssw0rd@s3:9000/hidden", "[redacted]@s3:9000/[redacted]"),
         ("no url", "no url"),
+        ("/srv/models", "/srv/models"),
     ] {
         assert_eq!(resolve::shown_url(url), shown);
     }
@@ -385,8 +388,10 @@ fn what_urls_hold_beside_a_host_is_in_no_report() {
         "{report}"
     );
     assert!(!report.contains("p4ssw0rd") && !report.contains("hidden"), "{report}");
-    let wrong = problems(network(&[("R2_ENDPOINT_URL", "ftp://id:p4ssw0rd@s3/hidden")]));
-    assert!(!wrong[0].contains("p4ssw0rd") && !wrong[0].contains("hidden"), "{wrong:?}");
+    for url in ["ftp://id:p4ssw0rd@s3/hidden", "id:p4ssw0rd@s3:9000"] {
+        let wrong = problems(network(&[("R2_ENDPOINT_URL", url)]));
+        assert!(!wrong[0].contains("p4ssw0rd") && !wrong[0].contains("hidden"), "{wrong:?}");
+    }
 }
 
 #[test]

@@ -6,7 +6,8 @@ use grail_ipc::messages::{Epoch, SlotId};
 use grail_ipc::socket::{RuntimeFolder, SocketError};
 use grail_ipc::{Expected, HandshakeError, Token};
 use grail_process::cause::DeathCause;
-use grail_process::{ChildSpec, Environment, Incarnation, NotReady};
+use grail_process::state::GiveUp;
+use grail_process::{ChildSpec, Environment, ExitCode, Incarnation, NotReady};
 
 /// Variables that children get beside the harmless ones: none of them is a secret.
 const PASSED_ON: [&str; 5] =
@@ -65,6 +66,15 @@ pub fn serving(
         .arguments(["--token-fd".to_owned(), descriptor.to_string(), "--socket".to_owned()])
         .argument(socket.as_os_str());
     Ok((spec, Expected::child(slot, epoch, token), socket))
+}
+
+/// What a child that no other start would help says of the reason.
+pub(super) fn hopeless_exit(reason: &GiveUp) -> Option<ExitCode> {
+    match reason {
+        GiveUp::Hopeless { cause: DeathCause::VersionMismatch { .. } } => Some(ExitCode::Configuration),
+        GiveUp::Hopeless { cause } => cause.exit_code(),
+        _ => None,
+    }
 }
 
 /// What a failed handshake says about the child.

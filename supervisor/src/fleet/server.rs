@@ -242,8 +242,9 @@ impl Keeper {
                     self.publish_loss(&format!("launcher died: {cause}"));
                 }
                 ChildEvent::GaveUp(reason) => {
+                    let exit = child::hopeless_exit(&reason);
                     let reason = format!("launcher was given up: {reason}");
-                    self.publish.send_replace(Served::Never { reason, exit: None });
+                    self.publish.send_replace(Served::Never { reason, exit });
                 }
                 _ => {}
             }

@@ -275,10 +275,10 @@ fn gate_and_up_by_the_kernel_for_hopper_are_libtorchs_bit_for_bit() {
     for config in configs() {
         let Gpu { kernels, lane } = Gpu::of(&config);
         let GpuSupport::Loaded { library, .. } = gpu::enable() else { panic!("no CUDA library") };
-        let start =
-            |has_bias| GateUp::start(library.parent().unwrap(), 0, &kernels.dimensions, has_bias, lane).unwrap();
-        assert!(start(true).is_none(), "it adds no bias");
-        let Some(own) = start(false) else {
+        let start = |dimensions| GateUp::start(library.parent().unwrap(), 0, &dimensions, lane).unwrap();
+        let biased = Dimensions { has_mlp_bias: true, ..kernels.dimensions.clone() };
+        assert!(start(biased).is_none(), "it adds no bias");
+        let Some(own) = start(kernels.dimensions.clone()) else {
             let capability = Context::of_device(0).unwrap().capability().unwrap();
             assert!(capability != (9, 0) || config.hidden_size < 576, "it is left out on {capability:?}");
             continue;

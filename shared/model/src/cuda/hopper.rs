@@ -232,6 +232,7 @@ mod tests {
             vocab: 512,
             epsilon: 1e-6,
             has_head_norms: false,
+            has_mlp_bias: false,
         }
     }
 

@@ -30,6 +30,8 @@ pub(crate) struct Dimensions {
     pub epsilon: f64,
     /// Queries and keys have norms of their own.
     pub has_head_norms: bool,
+    /// Gate, up and down have biases.
+    pub has_mlp_bias: bool,
 }
 
 impl Dimensions {
@@ -45,6 +47,7 @@ impl Dimensions {
             vocab: config.vocab_size as i64,
             epsilon: config.rms_norm_eps,
             has_head_norms: config.architecture == Architecture::Qwen3,
+            has_mlp_bias: config.mlp_bias,
         };
         for (name, value, divisor, most) in [
             ("hidden_size", found.hidden, VECTOR, 16_384),

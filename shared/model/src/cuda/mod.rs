@@ -32,7 +32,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tch::TchError;
 
 use self::attention::Attention;
-use self::gate_up::GateUp;
+use self::gate_up::{FeedForward, GateUp};
 use self::kernels::{Dimensions, Kernels};
 use self::workspace::Workspace;
 use crate::config::ModelConfig;
@@ -156,14 +156,14 @@ pub(crate) fn on_loading_stream<T>(device: tch::Device, work: impl FnOnce() -> T
 pub(crate) fn engine(config: &ModelConfig, device: Device, dtype: Dtype) -> Option<Arc<Engine>> {
     /// All that an engine is made for: checkpoints of one model differ in other things, for instance in their EOS tokens, and an engine
     /// keeps its memory.
-    type Key = (usize, Result<Dimensions, String>, bool, usize);
+    type Key = (usize, Result<Dimensions, String>, usize);
     static KNOWN: Mutex<Vec<(Key, Option<Arc<Engine>>)>> = Mutex::new(Vec::new());
     let (Device::Cuda(index), Dtype::Bf16) = (device, dtype) else { return None };
     if !are_wanted() {
         return None;
     }
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    let key = (index, Dimensions::of(config), config.mlp_bias, config.parameters());
+    let key = (index, Dimensions::of(config), config.parameters());
     if let Some((_, engine)) = known.iter().find(|(of, _)| *of == key) {
         return engine.clone();
     }
@@ -198,15 +198,15 @@ impl Engine {
         let kernels = Kernels::load(libraries, device, Dimensions::of(config)?)?;
         let attention = Attention::choose(libraries, device, &kernels);
         let lane = kernels.enter().map_err(text)?;
-        let gate_up = GateUp::start(libraries, device, &kernels.dimensions, config.mlp_bias, lane).unwrap_or_else(|reason| {
+        let gate_up = GateUp::start(libraries, device, &kernels.dimensions, lane).unwrap_or_else(|reason| {
             tracing::warn!(
                 reason,
-                "The kernel of gate and up for Hopper is left out; libtorch's product takes its place and is slower."
+                "The kernel of gate and up for Hopper is left out until this worker starts again; libtorch's product takes its place and is slower."
             );
             None
         });
         let engine = Self {
-            workspace: Mutex::new(Workspace::empty(tch::Device::Cuda(device), gate_up.is_none())),
+            workspace: Mutex::new(Workspace::empty(tch::Device::Cuda(device), FeedForward::by(gate_up))),
             limit: RowLimit::none(),
             device,
             kernels,
@@ -225,7 +225,7 @@ impl Engine {
         let rows = rows_that_fit(
             free,
             config.parameters() * 2,
-            Workspace::bytes_per_row(&self.kernels.dimensions, self.gate_up.is_none()),
+            Workspace::bytes_per_row(&self.kernels.dimensions, FeedForward::by(self.gate_up)),
         );
         self.limit.set(rows);
     }

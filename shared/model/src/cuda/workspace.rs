@@ -4,6 +4,7 @@
 
 use tch::{Device, Kind, TchError, Tensor};
 
+use super::gate_up::FeedForward;
 use super::kernels::{Dimensions, pieces};
 
 /// Rows by which the buffers grow.
@@ -19,6 +20,7 @@ pub(crate) struct Workspace {
     rows: i64,
     key_rows: i64,
     logit_rows: i64,
+    feed_forward: FeedForward,
     /// `[rows, hidden]`: residual stream.
     x: Tensor,
     /// `[rows, hidden]`: behind a norm.
@@ -52,8 +54,8 @@ pub(crate) struct Buffers {
 }
 
 impl Workspace {
-    /// Without memory yet, and for passes that do or do not write gate and up.
-    pub(crate) fn empty(device: Device, has_gate_up: bool) -> Self {
+    /// Without memory yet.
+    pub(crate) fn empty(device: Device, feed_forward: FeedForward) -> Self {
         let none = || Tensor::empty([0], (Kind::BFloat16, device));
         Self {
             rows: 0,
@@ -64,7 +66,8 @@ impl Workspace {
             addend: none(),
             qkv: none(),
             keys_values: none(),
-            gate_up: has_gate_up.then(none),
+            gate_up: (feed_forward == FeedForward::InTwo).then(none),
+            feed_forward,
             activated: none(),
             chosen: none(),
             logits: none(),
@@ -72,10 +75,13 @@ impl Workspace {
     }
 
     /// Bytes of device memory that one row of a batch takes, with its keys and what attention allocates.
-    pub(crate) fn bytes_per_row(dimensions: &Dimensions, has_gate_up: bool) -> usize {
+    pub(crate) fn bytes_per_row(dimensions: &Dimensions, feed_forward: FeedForward) -> usize {
         let Dimensions { hidden, heads, kv_heads, head_dim, inner, .. } = *dimensions;
         // Keys twice: a shared prompt's are copied, which for short completions doubles them.
-        let inner = if has_gate_up { 3 * inner } else { inner };
+        let inner = match feed_forward {
+            FeedForward::InOne => inner,
+            FeedForward::InTwo => 3 * inner,
+        };
         let elements = 3 * hidden + dimensions.qkv() + 2 * 2 * kv_heads * head_dim + inner + heads * head_dim;
         usize::try_from(elements * 2 + heads * 4).unwrap_or(usize::MAX)
     }
@@ -103,9 +109,9 @@ impl Workspace {
         let key_rows = self.key_rows.max(pieces(key_rows, GROWTH) * GROWTH);
         let logit_rows = self.logit_rows.max(pieces(logit_rows, LOGIT_ROWS) * LOGIT_ROWS);
         // What is there is given back first: both would not fit a device that is nearly full.
-        let has_gate_up = self.gate_up.is_some();
-        *self = Self::empty(device, has_gate_up);
-        *self = Self::of(dimensions, (rows, key_rows, logit_rows), has_gate_up, device)?;
+        let feed_forward = self.feed_forward;
+        *self = Self::empty(device, feed_forward);
+        *self = Self::of(dimensions, (rows, key_rows, logit_rows), feed_forward, device)?;
         tracing::debug!(rows, key_rows, logit_rows, "Buffers of the forward pass made.");
         Ok(())
     }
@@ -113,7 +119,7 @@ impl Workspace {
     fn of(
         dimensions: &Dimensions,
         (rows, key_rows, logit_rows): (i64, i64, i64),
-        has_gate_up: bool,
+        feed_forward: FeedForward,
         device: Device,
     ) -> Result<Self, TchError> {
         let Dimensions { hidden, kv_heads, head_dim, inner, vocab, .. } = *dimensions;
@@ -127,7 +133,8 @@ impl Workspace {
             addend: buffer(&[rows, hidden])?,
             qkv: buffer(&[rows, dimensions.qkv()])?,
             keys_values: buffer(&[key_rows, 2, kv_heads, head_dim])?,
-            gate_up: has_gate_up.then(|| buffer(&[rows, 2 * inner])).transpose()?,
+            gate_up: (feed_forward == FeedForward::InTwo).then(|| buffer(&[rows, 2 * inner])).transpose()?,
+            feed_forward,
             activated: buffer(&[rows, inner])?,
             chosen: buffer(&[logit_rows, hidden])?,
             logits: buffer(&[logit_rows, vocab])?,
@@ -177,11 +184,12 @@ mod tests {
         vocab: 512,
         epsilon: 1e-6,
         has_head_norms: false,
+        has_mlp_bias: false,
     };
 
     #[test]
     fn buffers_grow_and_are_kept() {
-        let mut workspace = Workspace::empty(Device::Cpu, true);
+        let mut workspace = Workspace::empty(Device::Cpu, FeedForward::InTwo);
         workspace.reserve(&TINY, (10, 20, 5), Device::Cpu).unwrap();
         let first = workspace.x.data_ptr();
         workspace.reserve(&TINY, (GROWTH, GROWTH, LOGIT_ROWS), Device::Cpu).unwrap();

@@ -12,7 +12,6 @@ use futures::FutureExt;
 use grail_ipc::WorkerClient;
 use grail_ipc::messages::SlotId;
 use grail_ipc::socket::RuntimeFolder;
-use grail_process::cause::DeathCause;
 use grail_process::cgroup::Delegation;
 use grail_process::restart::RestartPolicy;
 use grail_process::state::{GiveUp, State};
@@ -25,10 +24,10 @@ use self::role::WorkerRole;
 pub use self::role::watch_worker;
 pub(super) use self::slot::Order;
 use self::slot::{Rolling, Slot};
-use super::FleetError;
 use super::control::{Controls, FleetHandle, SharedFacts, SlotControl};
 use super::link::{Heartbeat, Target, WorkerLink};
 use super::pinning::SlotPin;
+use super::{FleetError, child};
 use crate::journal::Event;
 use crate::progress::Progress;
 use crate::proofs::ProofQueue;
@@ -260,16 +259,11 @@ fn no_workers(slots: &[State]) -> FleetError {
         State::GaveUp(reason) => Some(format!("each slot was given up, the first because it {reason}")),
         _ => None,
     });
-    let exits: Vec<Option<ExitCode>> = slots.iter().map(hopeless_exit).collect();
+    let exit_of = |state: &State| match state {
+        State::GaveUp(reason) => child::hopeless_exit(reason),
+        _ => None,
+    };
+    let exits: Vec<Option<ExitCode>> = slots.iter().map(exit_of).collect();
     let exit = exits.first().copied().flatten().filter(|_| exits.iter().all(Option::is_some));
     FleetError::NoWorkers { reason: reason.unwrap_or_else(|| "no slot is configured".to_owned()), exit }
-}
-
-/// What a slot that no other start would help says of the reason.
-fn hopeless_exit(state: &State) -> Option<ExitCode> {
-    match state {
-        State::GaveUp(GiveUp::Hopeless { cause: DeathCause::VersionMismatch { .. } }) => Some(ExitCode::Configuration),
-        State::GaveUp(GiveUp::Hopeless { cause }) => cause.exit_code(),
-        _ => None,
-    }
 }
