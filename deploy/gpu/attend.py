@@ -20,7 +20,8 @@ import sys
 import tempfile
 import time
 
-SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../shared/model/cuda/attend.cu")
+from own_kernels import ATTEND, Compiler, lengths, resources
+
 HEAD_DIM = 128
 DEVICE = "cuda"
 TILE_KEYS = 128
@@ -51,22 +52,7 @@ class Shape:
 
 def compile_one(folder, shape):
     """In a process of its own, in which no other program is compiled: NVRTC may take them one at a time."""
-    sys.path.insert(0, os.path.join(os.getcwd(), "deploy/gpu"))
-    from own_kernels import Compiler, resources
-
-    compiler = Compiler()
-    with open(SOURCE, "rb") as file:
-        source = file.read()
-    options = ["--gpu-architecture=sm_90a", *(f"-D{macro}" for macro in shape.macros), "--ptxas-options=-v"]
-    program = ctypes.c_void_p()
-    assert compiler.library.nvrtcCreateProgram(ctypes.byref(program), source, b"attend.cu", 0, None, None) == 0
-    words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    code = compiler.library.nvrtcCompileProgram(program, len(options), words)
-    log = compiler.text(program, "ProgramLog").rstrip(b"\0").decode()
-    if code != 0:
-        return f"{shape.file}: FAILED: {log}"
-    image = compiler.text(program, "CUBIN")
-    compiler.library.nvrtcDestroyProgram(ctypes.byref(program))
+    image, log = Compiler().compile("90a", shape.macros, ["--ptxas-options=-v"], ATTEND)
     with open(os.path.join(folder, shape.file), "wb") as file:
         file.write(image)
     found = resources(log).get("attend", {})
@@ -376,17 +362,10 @@ def check(torch, folder, shape):
     return good
 
 
-def typical_lengths(torch, groups, prompt=200, mean=800):
-    """As own_kernels.lengths draws them."""
-    random = torch.Generator().manual_seed(4)
-    drawn = torch.randn(groups, 16, generator=random) * 0.5 + torch.tensor(float(mean)).log() - 0.125
-    return [[prompt, *(int(length) for length in row.exp().clamp(4, 8192))] for row in drawn]
-
-
 def measure(torch, folder, heads, kv_heads, variants, out_folder):
     def of_groups(count):
         pairs = []
-        for prompt, *completions in typical_lengths(torch, count):
+        for prompt, *completions in lengths(torch, count):
             pairs += [(prompt, prompt), *((own, prompt + own) for own in completions)]
         return pairs
 

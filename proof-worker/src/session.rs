@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use grail_ipc::connection::{Connection, ConnectionError};
 use grail_ipc::jobs::{ProveJob, ReloadOrder, RowFacts, VerifyJob};
-use grail_ipc::messages::{Epoch, Failed, FromWorker, Pong, Reloaded, RequestId, Severity, ToWorker, Verified};
+use grail_ipc::messages::{
+    Epoch, Failed, FromWorker, MOST_NON_FINITE, MOST_OUT_OF_MEMORY, Pong, Reloaded, RequestId, Severity, ToWorker,
+    Verified,
+};
 use grail_process::fault::{Act, Armed, Point};
 use tokio::sync::mpsc;
 use tracing::{debug, error, info};
@@ -16,13 +19,6 @@ use crate::prover::ComputeError;
 
 /// The most requests that are open at once; a supervisor keeps two.
 pub(crate) const MOST_OPEN: usize = 64;
-
-/// Requests in a row without memory after which a worker gives up: the device will not get any.
-const MOST_OUT_OF_MEMORY: u32 = 2;
-
-/// Groups in a row that are not finite before the weights are suspect: one group may have met a hole of the model, the next one
-/// hardly.
-const MOST_NON_FINITE: u32 = 2;
 
 /// How long a peer may take to end a worker that has told why it cannot go on. An exit code says less than the answer, and must
 /// not be seen before it.

@@ -304,6 +304,13 @@ pub enum Severity {
     FatalForWorker,
 }
 
+/// Requests in a row without memory after which a worker ends, and its supervisor has it end: the device will not get any.
+pub const MOST_OUT_OF_MEMORY: u32 = 2;
+
+/// Groups in a row that are not finite before the weights are suspect, and worker and supervisor act as above: one group may have met a
+/// hole of the model, the next one hardly.
+pub const MOST_NON_FINITE: u32 = 2;
+
 /// A request that has no answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Failed {

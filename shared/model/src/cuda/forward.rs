@@ -245,7 +245,6 @@ impl<'a> Pass<'a> {
         if let Some(own) = self.gate_up {
             stage(Stage::FeedForward, || own.launch(self.lane, normed, &layer.gate_up.weight, activated))?;
         } else {
-            let gate_up = gate_up.as_ref().ok_or_else(|| TchError::Shape("no buffer for gate and up".into()))?;
             stage(Stage::FeedForward, || linear(gate_up, normed, &layer.gate_up))?;
             stage(Stage::Activation, || self.kernels.silu_up(self.lane, gate_up, activated))?;
         }

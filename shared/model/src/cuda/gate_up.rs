@@ -6,9 +6,8 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use super::compile;
 use super::ffi::{Argument, Context, Function, Mapped, TensorMap};
-use super::hopper::CAPABILITY;
 use super::kernels::{Dimensions, Lane, Shape};
-use super::trial::{Apart, scattered};
+use super::trial::{self, Apart, CAPABILITY, scattered};
 
 /// Threads of a block, and its shared memory: `THREADS` and `SHARED_BYTES` of the source, which compares them.
 const THREADS: u32 = 384;
@@ -44,6 +43,14 @@ impl FeedForward {
     /// By the kernel, if there is one.
     pub(super) const fn by(kernel: Option<GateUp>) -> Self {
         if kernel.is_some() { Self::InOne } else { Self::InTwo }
+    }
+
+    /// Columns of gate and up that are written, for `inner` of each.
+    pub(super) const fn written(self, inner: i64) -> i64 {
+        match self {
+            Self::InOne => 0,
+            Self::InTwo => 2 * inner,
+        }
     }
 }
 
@@ -81,16 +88,10 @@ impl GateUp {
             return Err(format!("{multiprocessors} multiprocessors"));
         }
         let macros = [format!("HIDDEN={hidden}"), format!("INNER={inner}")];
-        let image = compile::image(libraries, CAPABILITY, compile::GATE_UP_SILU, &macros)?;
-        let function = context.load(&image).and_then(|module| module.function(c"gate_up_silu")).map_err(text)?;
-        function.allow_shared_bytes(SHARED_BYTES).map_err(text)?;
+        let source = (compile::GATE_UP_SILU, macros.as_slice());
+        let function = trial::load(&context, libraries, source, c"gate_up_silu", SHARED_BYTES)?;
         let own = Self { function, device, hidden, inner, blocks };
-        let apart = own.apart_from_libtorch(lane).map_err(text)?;
-        if apart.is_rounding(MOST_APART) {
-            Ok(Some(own))
-        } else {
-            Err(format!("it is not what libtorch's is: {apart:?}"))
-        }
+        own.apart_from_libtorch(lane).map_err(text)?.accept(own, MOST_APART)
     }
 
     /// `out = silu(gate) · up`, where `gate | up = x · weightᵀ`, all of it rounded to bf16.

@@ -1,5 +1,7 @@
 //! What only a GPU can show: `cargo nextest run -p grail-model --run-ignored only gpu_tests` on a host that has one.
 
+use std::path::Path;
+
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{self, Attention};
@@ -9,6 +11,7 @@ use super::hopper::Hopper;
 use super::kernel_tests::{self, Subject, config, difference, poisoned_on, random_on};
 use super::kernels::{Angles, Dimensions, Kernels, Lane};
 use super::layout::{Layout, Predictions};
+use super::trial::CAPABILITY;
 use super::weight_tests::{self, WeightSubject};
 use super::weights::{Changed, Selection, WeightKernels};
 use crate::attention::{AttentionPlan, HeadShape};
@@ -29,6 +32,18 @@ fn configs() -> [ModelConfig; 4] {
     ]
 }
 
+/// Where the libraries of the torch lie whose GPU half is loaded.
+fn libraries() -> &'static Path {
+    let GpuSupport::Loaded { library, .. } = gpu::enable() else { panic!("no CUDA library") };
+    library.parent().unwrap()
+}
+
+/// A kernel for Hopper is left out for want of such a card only, or where it is not made for the model.
+fn assert_left_out(is_unfit: bool) {
+    let capability = Context::of_device(0).unwrap().capability().unwrap();
+    assert!(capability != CAPABILITY || is_unfit, "it is left out on {capability:?}");
+}
+
 /// The kernels of one shape on the first GPU.
 struct Gpu {
     kernels: Kernels,
@@ -37,10 +52,9 @@ struct Gpu {
 
 impl Gpu {
     fn of(config: &ModelConfig) -> Self {
-        let GpuSupport::Loaded { library, .. } = gpu::enable() else { panic!("no CUDA library") };
         tch::manual_seed(11);
         let dimensions = Dimensions::of(config).unwrap();
-        let kernels = Kernels::load(library.parent().unwrap(), 0, dimensions).unwrap();
+        let kernels = Kernels::load(libraries(), 0, dimensions).unwrap();
         let lane = kernels.enter().unwrap();
         Self { kernels, lane }
     }
@@ -245,14 +259,12 @@ fn long_batch() -> PackedBatch {
 fn attention_by_the_kernel_for_hopper_is_that_of_each_sequence() {
     for config in configs() {
         let Gpu { kernels, lane } = Gpu::of(&config);
-        let GpuSupport::Loaded { library, .. } = gpu::enable() else { panic!("no CUDA library") };
-        let own = Hopper::start(library.parent().unwrap(), 0, &kernels.dimensions, lane).unwrap();
+        let own = Hopper::start(libraries(), 0, &kernels.dimensions, lane).unwrap();
         let Some(own) = own else {
-            let capability = Context::of_device(0).unwrap().capability().unwrap();
-            assert!(capability != (9, 0) || config.head_dim != 128, "it is left out on {capability:?}");
+            assert_left_out(config.head_dim != 128);
             continue;
         };
-        assert_eq!(Attention::choose(library.parent().unwrap(), 0, &kernels).to_string(), "hopper");
+        assert_eq!(Attention::choose(libraries(), 0, &kernels).to_string(), "hopper");
         for batch in [batch(), long_batch()] {
             let attended = Attended::of(&config, &batch);
             let layout = layout_of(&batch, Attention::Hopper(own));
@@ -274,13 +286,11 @@ fn attention_by_the_kernel_for_hopper_is_that_of_each_sequence() {
 fn gate_and_up_by_the_kernel_for_hopper_are_libtorchs_bit_for_bit() {
     for config in configs() {
         let Gpu { kernels, lane } = Gpu::of(&config);
-        let GpuSupport::Loaded { library, .. } = gpu::enable() else { panic!("no CUDA library") };
-        let start = |dimensions| GateUp::start(library.parent().unwrap(), 0, &dimensions, lane).unwrap();
+        let start = |dimensions| GateUp::start(libraries(), 0, &dimensions, lane).unwrap();
         let biased = Dimensions { has_mlp_bias: true, ..kernels.dimensions.clone() };
         assert!(start(biased).is_none(), "it adds no bias");
         let Some(own) = start(kernels.dimensions.clone()) else {
-            let capability = Context::of_device(0).unwrap().capability().unwrap();
-            assert!(capability != (9, 0) || config.hidden_size < 576, "it is left out on {capability:?}");
+            assert_left_out(config.hidden_size < 576);
             continue;
         };
         let (hidden, inner) = (config.hidden_size as i64, config.intermediate_size as i64);

@@ -10,13 +10,11 @@ use super::ffi::{self, Argument, Context, Function, Mapped, TensorMap, VarlenKer
 use super::kernels::{Dimensions, Lane, Shape};
 use super::layout::{Layout, Predictions};
 use super::tiles::{TILE_KEYS, TILE_ROWS, Tiling};
-use super::trial::{Apart, scattered};
+use super::trial::{self, Apart, CAPABILITY, scattered};
 use crate::attention::HeadShape;
 use crate::packed::PackedBatch;
 use grail_protocol::ids::TokenId;
 
-/// The compute capability whose instructions this kernel and `gate_up_silu` are made of. Later cards lack them.
-pub(super) const CAPABILITY: (i32, i32) = (9, 0);
 const HEAD_DIM: i64 = 128;
 /// Columns of a box: what the swizzle spans.
 const BOX_COLUMNS: u32 = 64;
@@ -55,16 +53,9 @@ impl Hopper {
         let tiling = tiling(dimensions, context.multiprocessors().map_err(text)?)?;
         let macros = [("HEADS", dimensions.heads), ("KV_HEADS", dimensions.kv_heads), ("HEAD_DIM", HEAD_DIM)]
             .map(|(name, value)| format!("{name}={value}"));
-        let image = compile::image(libraries, CAPABILITY, compile::ATTEND, &macros)?;
-        let function = context.load(&image).and_then(|module| module.function(c"attend")).map_err(text)?;
-        function.allow_shared_bytes(SHARED_BYTES).map_err(text)?;
+        let function = trial::load(&context, libraries, (compile::ATTEND, &macros), c"attend", SHARED_BYTES)?;
         let own = Self { function, device, heads: dimensions.heads, tiling };
-        let apart = own.apart_from_flash(lane).map_err(text)?;
-        if apart.is_rounding(MOST_APART) {
-            Ok(Some(own))
-        } else {
-            Err(format!("it is not what libtorch's is: {apart:?}"))
-        }
+        own.apart_from_flash(lane).map_err(text)?.accept(own, MOST_APART)
     }
 
     /// What all layers of a batch need for their attention.
@@ -223,17 +214,7 @@ mod tests {
     use super::*;
 
     fn dimensions(heads: i64, kv_heads: i64) -> Dimensions {
-        Dimensions {
-            hidden: 64,
-            heads,
-            kv_heads,
-            head_dim: HEAD_DIM,
-            inner: 128,
-            vocab: 512,
-            epsilon: 1e-6,
-            has_head_norms: false,
-            has_mlp_bias: false,
-        }
+        Dimensions { heads, kv_heads, head_dim: HEAD_DIM, ..Dimensions::TINY }
     }
 
     #[test]

@@ -35,6 +35,20 @@ pub(crate) struct Dimensions {
 }
 
 impl Dimensions {
+    /// For tests that need some model.
+    #[cfg(test)]
+    pub(super) const TINY: Self = Self {
+        hidden: 64,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        inner: 128,
+        vocab: 512,
+        epsilon: 1e-6,
+        has_head_norms: false,
+        has_mlp_bias: false,
+    };
+
     /// # Errors
     /// Which number of the model the kernels do not support.
     pub(crate) fn of(config: &ModelConfig) -> Result<Self, String> {

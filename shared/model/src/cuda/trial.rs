@@ -1,11 +1,39 @@
-//! How a kernel for one kind of card is held against libtorch's operations before it is used: on a card, with a compiler or in a
+//! How a kernel for Hopper is loaded, and held against libtorch's operations before it is used: on a card, with a compiler or in a
 //! libtorch that it was not measured with it must not compute something else.
 
+use std::ffi::CStr;
+use std::path::Path;
+
 use tch::{Device, Kind, TchError, Tensor};
+
+use super::compile::{self, Source};
+use super::ffi::{Context, Function};
+
+/// The compute capability whose instructions these kernels are made of. Later cards lack them.
+pub(super) const CAPABILITY: (i32, i32) = (9, 0);
 
 /// Norm of all differences over the norm of the results, at most. Measured on an H100 for attention: 0.0025, which is that both round to
 /// bf16.
 const MOST_APART_OF_ALL: f64 = 5e-3;
+
+/// A kernel with as much dynamic shared memory, from the cache or compiled.
+///
+/// # Errors
+/// Why there is none.
+pub(super) fn load(
+    context: &Context,
+    libraries: &Path,
+    (source, macros): (Source, &[String]),
+    name: &CStr,
+    shared_bytes: u32,
+) -> Result<Function, String> {
+    let image = compile::image(libraries, CAPABILITY, source, macros)?;
+    let loaded = context.load(&image).and_then(|module| {
+        let function = module.function(name)?;
+        function.allow_shared_bytes(shared_bytes).map(|()| function)
+    });
+    loaded.map_err(|error| crate::error::TorchError::from(error).detail)
+}
 
 /// bf16 between −1.7 and 1.7 on the CPU, with variance one, the same each time: the random numbers of whoever runs this stay as they are.
 pub(super) fn scattered(shape: &[i64]) -> Result<Tensor, TchError> {
@@ -35,8 +63,16 @@ impl Apart {
     }
 
     /// Whether no more than rounding is between them, which moves a result by at most `most`; not so if any is no number.
-    pub(super) fn is_rounding(self, most: f64) -> bool {
+    fn is_rounding(self, most: f64) -> bool {
         self.largest <= most && self.of_all <= MOST_APART_OF_ALL
+    }
+
+    /// The kernel whose results these are, if no more than rounding is between them.
+    ///
+    /// # Errors
+    /// How far they are from libtorch's.
+    pub(super) fn accept<K>(self, kernel: K, most: f64) -> Result<Option<K>, String> {
+        if self.is_rounding(most) { Ok(Some(kernel)) } else { Err(format!("it is not what libtorch's is: {self:?}")) }
     }
 }
 

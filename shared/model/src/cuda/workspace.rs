@@ -31,8 +31,8 @@ pub(crate) struct Workspace {
     qkv: Tensor,
     /// `[key rows, 2, kv_heads, head_dim]`
     keys_values: Tensor,
-    /// `[rows, 2 · inner]`; unset where gate and up are never written.
-    gate_up: Option<Tensor>,
+    /// `[rows, 2 · inner]`, without columns where gate and up are never written.
+    gate_up: Tensor,
     /// `[rows, inner]`
     activated: Tensor,
     /// `[logit rows, hidden]`
@@ -49,7 +49,7 @@ pub(crate) struct Buffers {
     pub addend: Tensor,
     pub qkv: Tensor,
     pub keys_values: Tensor,
-    pub gate_up: Option<Tensor>,
+    pub gate_up: Tensor,
     pub activated: Tensor,
 }
 
@@ -66,7 +66,7 @@ impl Workspace {
             addend: none(),
             qkv: none(),
             keys_values: none(),
-            gate_up: (feed_forward == FeedForward::InTwo).then(none),
+            gate_up: none(),
             feed_forward,
             activated: none(),
             chosen: none(),
@@ -78,10 +78,7 @@ impl Workspace {
     pub(crate) fn bytes_per_row(dimensions: &Dimensions, feed_forward: FeedForward) -> usize {
         let Dimensions { hidden, heads, kv_heads, head_dim, inner, .. } = *dimensions;
         // Keys twice: a shared prompt's are copied, which for short completions doubles them.
-        let inner = match feed_forward {
-            FeedForward::InOne => inner,
-            FeedForward::InTwo => 3 * inner,
-        };
+        let inner = inner + feed_forward.written(inner);
         let elements = 3 * hidden + dimensions.qkv() + 2 * 2 * kv_heads * head_dim + inner + heads * head_dim;
         usize::try_from(elements * 2 + heads * 4).unwrap_or(usize::MAX)
     }
@@ -133,7 +130,7 @@ impl Workspace {
             addend: buffer(&[rows, hidden])?,
             qkv: buffer(&[rows, dimensions.qkv()])?,
             keys_values: buffer(&[key_rows, 2, kv_heads, head_dim])?,
-            gate_up: (feed_forward == FeedForward::InTwo).then(|| buffer(&[rows, 2 * inner])).transpose()?,
+            gate_up: buffer(&[rows, feed_forward.written(inner)])?,
             feed_forward,
             activated: buffer(&[rows, inner])?,
             chosen: buffer(&[logit_rows, hidden])?,
@@ -160,7 +157,7 @@ impl Workspace {
             addend: part(&self.addend)?,
             qkv: part(&self.qkv)?,
             keys_values: self.keys_values.f_narrow(0, 0, key_rows)?,
-            gate_up: self.gate_up.as_ref().map(part).transpose()?,
+            gate_up: part(&self.gate_up)?,
             activated: part(&self.activated)?,
         })
     }
@@ -175,26 +172,14 @@ impl Workspace {
 mod tests {
     use super::*;
 
-    const TINY: Dimensions = Dimensions {
-        hidden: 64,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 16,
-        inner: 128,
-        vocab: 512,
-        epsilon: 1e-6,
-        has_head_norms: false,
-        has_mlp_bias: false,
-    };
-
     #[test]
     fn buffers_grow_and_are_kept() {
         let mut workspace = Workspace::empty(Device::Cpu, FeedForward::InTwo);
-        workspace.reserve(&TINY, (10, 20, 5), Device::Cpu).unwrap();
+        workspace.reserve(&Dimensions::TINY, (10, 20, 5), Device::Cpu).unwrap();
         let first = workspace.x.data_ptr();
-        workspace.reserve(&TINY, (GROWTH, GROWTH, LOGIT_ROWS), Device::Cpu).unwrap();
+        workspace.reserve(&Dimensions::TINY, (GROWTH, GROWTH, LOGIT_ROWS), Device::Cpu).unwrap();
         assert_eq!(workspace.x.data_ptr(), first, "there was room");
-        workspace.reserve(&TINY, (GROWTH + 1, 1, 1), Device::Cpu).unwrap();
+        workspace.reserve(&Dimensions::TINY, (GROWTH + 1, 1, 1), Device::Cpu).unwrap();
         assert_eq!((workspace.rows, workspace.key_rows, workspace.logit_rows), (2 * GROWTH, GROWTH, LOGIT_ROWS));
         let buffers = workspace.buffers(3, 7).unwrap();
         assert_eq!((buffers.qkv.size(), buffers.keys_values.size()), (vec![3, 128], vec![7, 2, 2, 16]));
@@ -202,7 +187,7 @@ mod tests {
 
     #[test]
     fn a_chunk_of_logits_is_bounded_in_bytes() {
-        let qwen = Dimensions { vocab: 152_064, ..TINY };
+        let qwen = Dimensions { vocab: 152_064, ..Dimensions::TINY };
         let rows = Workspace::logit_chunk(&qwen);
         assert!(
             rows % LOGIT_ROWS == 0

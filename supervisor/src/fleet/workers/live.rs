@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use grail_ipc::jobs::{ProveJob, ReloadOrder, RowFacts, VerifyJob};
-use grail_ipc::messages::{Failed, Reloaded, Severity, SlotId};
+use grail_ipc::messages::{Failed, MOST_NON_FINITE, MOST_OUT_OF_MEMORY, Reloaded, Severity, SlotId};
 use grail_ipc::{LostConnection, RequestError, WorkerClient};
 use grail_process::cause::DeathCause;
 use grail_process::{ChildControl, Incarnation, with_causes};
@@ -94,11 +94,6 @@ pub(super) struct LiveWorker<L: WorkerLink> {
     /// Its process is gone: what still arrives of it does not count.
     is_dead: AtomicBool,
 }
-
-/// A worker that runs out of memory this often in a row starts anew with a smaller budget.
-const MOST_OUT_OF_MEMORY: u32 = 2;
-/// One whose results are not finite this often in a row starts anew: its weights are suspect.
-const MOST_NON_FINITE: u32 = 2;
 
 /// Why a worker does not have the weights of an order.
 pub(super) struct Refused {
