@@ -245,7 +245,9 @@ impl Dispatcher {
                 reserved != Some(slot) && (pending.avoid != Some(slot) || !self.has_other_than(slot))
             };
             let suiting = || self.lanes.iter().filter(suits);
-            let with_room = suiting().filter(|lane| lane.has_room(pending)).min_by_key(|lane| lane.load.tokens);
+            // Of idle lanes the one that has proved least: where proofs are fast all lanes are idle, and one would get all.
+            let with_room =
+                suiting().filter(|lane| lane.has_room(pending)).min_by_key(|lane| (lane.load.tokens, lane.load.proved));
             if with_room.is_none() && pending.deaths > 0 && reserved.is_none() {
                 reserved =
                     suiting().min_by_key(|lane| (lane.load.jobs, lane.load.tokens)).map(|lane| lane.worker.slot());
@@ -385,6 +387,19 @@ mod tests {
         for worker in &workers {
             assert!(worker.proved.load(Ordering::Relaxed) >= 10, "{worker:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn idle_workers_take_turns() {
+        let queue = ProofQueue::start();
+        let workers = [FakeWorker::new(0, Deed::Proves), FakeWorker::new(1, Deed::Proves)];
+        for worker in &workers {
+            queue.worker_ready(worker.clone());
+        }
+        for group in 0..10 {
+            queue.prove(job(group)).await.unwrap();
+        }
+        assert_eq!(workers.map(|worker| worker.proved.load(Ordering::Relaxed)), [5, 5]);
     }
 
     #[tokio::test]
